@@ -1,0 +1,273 @@
+"""Every setting, its default and its meaning; and `check`, which refuses what cannot be meant.
+
+A recipe in `configs/` is data: it takes `get_default()`, changes some values and returns it.  The same file drives
+`jaxtune.train` on TPUs and `torch_gpu.train` on GPUs, so nothing here imports jax or torch.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxtune.errors import UserError, did_you_mean
+
+# The embedded tiny Gemma and its data, for the quickstart and the tests.
+ASSETS = Path(__file__).parent / "assets"
+
+
+def optional(kind: type) -> Any:
+    """A key that is None unless set, and then of `kind`."""
+    return config_dict.placeholder(kind)
+
+
+def get_default() -> ConfigDict:
+    """The locked defaults; a misspelt key raises where it is written."""
+    c = ConfigDict()
+
+    c.model = ConfigDict()
+    # A local directory with config.json, *.safetensors and tokenizer files, or a Hugging Face Hub id.
+    c.model.id = ""
+    # Hub revision: a branch, a tag or a commit.
+    c.model.revision = optional(str)
+    # Of the frozen weights and of the activations: float32 | bfloat16 | float16.  Adapters are always float32.
+    c.model.dtype = "bfloat16"
+    # Quantisation of the frozen weights: None.
+    c.model.quant = optional(str)
+
+    c.peft = ConfigDict()
+    # lora | full (every weight trains, the output is a Hugging Face checkpoint).
+    c.peft.method = "lora"
+    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).
+    c.peft.init_from = optional(str)
+    # From here on the keys and their defaults are PEFT's `LoraConfig`.
+    c.peft.r = 8
+    c.peft.lora_alpha = 8.0
+    c.peft.lora_dropout = 0.0
+    # "all-linear", a regular expression over whole module paths, or a tuple of names ("q_proj", "v_proj").
+    c.peft.target_modules = optional(object)
+    c.peft.exclude_modules = optional(object)
+    # Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
+    c.peft.use_rslora = False
+    # Layer indices that get an adapter; None: all.
+    c.peft.layers_to_transform = optional(object)
+    c.peft.layers_pattern = optional(object)
+    # {"regex over module paths": value}; ConfigDict refuses dots in keys, so pairs (("layers.0.mlp", 4),) serve too.
+    c.peft.rank_pattern = optional(object)
+    c.peft.alpha_pattern = optional(object)
+    # none | all | lora_only (these families have no biases, so it only reaches the exported config).
+    c.peft.bias = "none"
+    # Modules trained whole beside the adapter, e.g. ("embed_tokens", "lm_head").
+    c.peft.modules_to_save = optional(object)
+    # True (PEFT's Kaiming A, zero B) | False (both random) | "gaussian".
+    c.peft.init_lora_weights = optional(object)
+
+    c.data = ConfigDict()
+    # A .jsonl/.json/.csv/.parquet file, or a Hub dataset id.
+    c.data.train = ""
+    c.data.eval = optional(str)
+    # For Hub datasets: configuration name, split names and revision.
+    c.data.name = optional(str)
+    c.data.train_split = "train"
+    c.data.eval_split = "validation"
+    c.data.revision = optional(str)
+    # Read rows as they come instead of indexing them all (no shuffling; resume re-reads and skips).
+    c.data.streaming = False
+    # messages (a list of {role, content}) | prompt_completion | text.
+    c.data.format = "messages"
+    # messages: the column that holds the turns.
+    c.data.messages = "messages"
+    # prompt_completion: templates over named columns; loss is on the completion alone.
+    c.data.prompt = "{prompt}"
+    c.data.completion = "{completion}"
+    # text: a template over named columns; loss is on everything.
+    c.data.text = "{text}"
+    # messages: None is the checkpoint's own template; gemma | chatml | llama2 by name.
+    # prompt_completion: None is plain text; a name, or "tokenizer" for the checkpoint's, makes it one user/assistant pair.
+    c.data.chat_template = optional(str)
+    # Tokens a row may have, BOS and end-of-turn included.
+    c.data.max_length = 1024
+    # What happens to longer rows: right (cut the end) | left (cut the beginning, BOS kept) | drop.
+    c.data.truncation = "right"
+    # error (stop and list them) | skip (count them).
+    c.data.on_bad_row = "error"
+    c.data.shuffle = True
+    # Use only the first rows of each file.
+    c.data.max_train_rows = optional(int)
+    c.data.max_eval_rows = optional(int)
+
+    c.optim = ConfigDict()
+    # adamw | adafactor | lion | sgd.
+    c.optim.name = "adamw"
+    c.optim.learning_rate = 2e-4
+    # constant | linear | cosine, after a linear warm-up.
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 0
+    # Where linear and cosine end, as a fraction of learning_rate.
+    c.optim.end_fraction = 0.0
+    c.optim.weight_decay = 0.0
+    # adamw and lion.
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    # sgd.
+    c.optim.momentum = 0.0
+    # Clip the gradient's global norm; 0: never.
+    c.optim.max_grad_norm = 1.0
+
+    c.train = ConfigDict()
+    # Optimiser steps; None: as many as `epochs` need.
+    c.train.steps = optional(int)
+    c.train.epochs = 1.0
+    # Rows per optimiser step over all devices and accumulation steps.
+    c.train.global_batch_size = 8
+    c.train.gradient_accumulation_steps = 1
+    c.train.seed = 0
+    # Steps between evaluations; 0: only before the first step and after the last.
+    c.train.eval_every = 0
+    # Steps between checkpoints.
+    c.train.save_every = 100
+    # Steps between plain lines when the output is no terminal.
+    c.train.log_every = 10
+    # Recompute a layer's activations in the backward pass: full | none.
+    c.train.remat = "full"
+
+    # Devices along each axis; -1 takes what is left.
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.checkpoint = ConfigDict()
+    # The newest checkpoints kept for resuming.
+    c.checkpoint.keep_last_n = 2
+    # Besides these, the best by evaluation loss (0: none).
+    c.checkpoint.keep_best_n = 0
+    # auto (go on where this run directory stopped) | never (refuse a directory that has checkpoints).
+    c.checkpoint.resume = "auto"
+
+    c.evaluate = ConfigDict()
+    # Evaluation rows answered by generation before and after training, scored by exact match; 0: none.
+    c.evaluate.samples = 0
+    c.evaluate.max_new_tokens = 64
+    # Rows per forward pass of an evaluation; None: train.global_batch_size / gradient_accumulation_steps.
+    c.evaluate.batch_size = optional(int)
+
+    c.logging = ConfigDict()
+    c.logging.tensorboard = True
+
+    c.export = ConfigDict()
+    # `base_model_name_or_path` in adapter_config.json; None: model.id.
+    c.export.base_model_name_or_path = optional(str)
+
+    return c.lock()
+
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.quant": (None,),
+    "peft.bias": ("none", "all", "lora_only"),
+    "data.format": ("messages", "prompt_completion", "text"),
+    "data.truncation": ("right", "left", "drop"),
+    "data.on_bad_row": ("error", "skip"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "train.remat": ("full", "none"),
+    "checkpoint.resume": ("auto", "never"),
+}
+
+# Inclusive lower bounds.
+MINIMUM = {
+    "data.max_length": 2,
+    "data.max_train_rows": 1,
+    "data.max_eval_rows": 1,
+    "optim.learning_rate": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.max_grad_norm": 0,
+    "train.steps": 1,
+    "train.epochs": 0,
+    "train.global_batch_size": 1,
+    "train.gradient_accumulation_steps": 1,
+    "train.seed": 0,
+    "train.eval_every": 0,
+    "train.save_every": 1,
+    "train.log_every": 1,
+    "checkpoint.keep_last_n": 1,
+    "checkpoint.keep_best_n": 0,
+    "evaluate.samples": 0,
+    "evaluate.max_new_tokens": 1,
+    "evaluate.batch_size": 1,
+}
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'model.id': ..., ...}: every leaf by its dotted path (sections are one level deep)."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+
+
+def set_value(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets one leaf by its dotted path, as `--config.data.max_length=512` does.
+
+    Raises:
+      UserError: no such key (with the nearest one), or a value of the wrong type.
+    """
+    known = flatten(config)
+    if path not in known:
+        raise UserError(
+            f"No config key `{path}`.{did_you_mean(path, known)}\n"
+            f"Keys of `{path.split('.')[0]}`: {', '.join(k for k in known if k.startswith(path.split('.')[0] + '.'))}."
+            if any(k.startswith(path.split(".")[0] + ".") for k in known)
+            else f"No config key `{path}`.{did_you_mean(path, known)} Sections: {', '.join(config)}."
+        )
+    section, key = path.split(".", 1)
+    try:
+        config[section][key] = value
+    except TypeError:
+        kind = type(known[path]).__name__ if known[path] is not None else config[section].get_type(key).__name__
+        raise UserError(f"`{path}` is {value!r}. It takes a value of type {kind}.") from None
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values outside their range before anything is loaded.
+
+    Raises:
+      UserError: naming the key, its value and what it may be.
+    """
+    known = flatten(config)
+    for path, value in known.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"`{path}` is {value}. It must be a finite number.")
+    for path, choices in CHOICES.items():
+        if known[path] not in choices:
+            options = ", ".join(map(str, choices))
+            raise UserError(
+                f"`{path}` is {known[path]!r}. It can be: {options}.{did_you_mean(known[path], map(str, choices))}"
+            )
+    for path, low in MINIMUM.items():
+        if known[path] is not None and known[path] < low:
+            raise UserError(f"`{path}` is {known[path]}. The least it can be is {low}.")
+    for path in ("model.id", "data.train"):
+        if not known[path]:
+            raise UserError(f"`{path}` is not set. Set it in the config file or with --config.{path}=...")
+    batch, accumulation = config.train.global_batch_size, config.train.gradient_accumulation_steps
+    if batch % accumulation:
+        raise UserError(
+            f"`train.global_batch_size` is {batch} and `train.gradient_accumulation_steps` is {accumulation}. "
+            f"The first must be a multiple of the second, e.g. {-(-batch // accumulation) * accumulation}."
+        )
+    axes = dict(config.mesh.items())
+    if sum(size == -1 for size in axes.values()) > 1 or any(size < 1 and size != -1 for size in axes.values()):
+        raise UserError(f"`mesh` is {axes}. Sizes are 1 or more; one of them may be -1 (what is left).")
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, as stored in a run directory's config.json."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (ConfigDict, dict)):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list, set)):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)

@@ -1,0 +1,3 @@
+from setuptools import setup
+
+setup()  # everything is said in pyproject.toml
