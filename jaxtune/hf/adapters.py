@@ -1,0 +1,210 @@
+"""PEFT adapter directories in and out: `adapter_config.json` + `adapter_model.safetensors`.
+
+peft's own loader warns about a missing tensor and ignores an unexpected one, and the model then runs as if nothing had
+been trained.  Here every tensor must be accounted for, in both directions.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxtune import __version__, tree
+from jaxtune.errors import MissingInputError, UserError, did_you_mean
+from jaxtune.hf.files import open_safetensors, read_json
+from jaxtune.models import gemma_hf
+from jaxtune.peft import BY_PEFT_TYPE, saved
+from jaxtune.peft.method import Site, read_config
+from jaxtune.typing import Tree
+
+PREFIX = "base_model.model."
+CONFIG_LIMIT = 2**20
+
+
+class PeftAdapter(NamedTuple):
+    """What a PEFT directory holds: the method, its config and {path: adapter}, boxed with logical axes."""
+
+    method: Any  # a module of jaxtune.peft
+    config: Any
+    adapters: dict[str, Any]
+    base: str | None  # base_model_name_or_path, as written; never followed
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter by the table's module names.
+
+    Raises:
+      MissingInputError: no safetensors there.  UserError: damaged, not floats, or not finite.
+    """
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        there = sorted(p.name for p in directory.iterdir())[:20] if directory.is_dir() else []
+        pickle = " adapter_model.bin is a pickle, which runs code when read: save it again with a current peft."
+        raise MissingInputError(
+            f"{directory} has no adapter_model.safetensors. It holds: {', '.join(there) or 'nothing'}."
+            + (pickle if "adapter_model.bin" in there else "")
+        )
+    file, tensors = open_safetensors(path), {}
+    for name in file.keys():  # noqa: SIM118
+        if not name.startswith(PREFIX):
+            raise UserError(f"{path}: tensor {name!r} does not start with {PREFIX!r}, as PEFT's LoRA tensors do.")
+        # Files written by old peft versions keep the adapter's name in the middle.
+        canonical = gemma_hf.canonical(name.removeprefix(PREFIX).replace(".default.", "."))
+        value = file.get_tensor(name)
+        if canonical is None or canonical in tensors:
+            raise UserError(f"{path}: {name!r} is of another tower, or means the same as another tensor.")
+        if value.dtype.kind not in "fV" and value.dtype.name != "bfloat16":
+            raise UserError(f"{path}: {name!r} is stored as {value.dtype}; an adapter holds floats.")
+        value = value.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {name!r} holds values that are not finite. The adapter is damaged or diverged.")
+        tensors[canonical] = value
+    return tensors
+
+
+def load_adapter(directory: Path, sites: Sequence[Site]) -> PeftAdapter:
+    """Reads a PEFT directory for a model with these sites.
+
+    Raises:
+      MissingInputError, UserError: naming the key, the tensor or the shape that does not fit.
+    """
+    values = read_json(directory / "adapter_config.json", CONFIG_LIMIT)
+    peft_type = values.get("peft_type")
+    if peft_type not in BY_PEFT_TYPE:
+        raise UserError(
+            f"{directory / 'adapter_config.json'} says peft_type={peft_type!r}. jaxtune has: {', '.join(BY_PEFT_TYPE)}."
+            + did_you_mean(str(peft_type), BY_PEFT_TYPE)
+        )
+    method = BY_PEFT_TYPE[peft_type]
+    config = read_config(method.LoraConfig, values, method.NEUTRAL, str(directory / "adapter_config.json"))
+    tensors = read_tensors(directory)
+    unused = set(tensors)
+    by_path = {site.path: site for site in sites}
+    adapters: dict[str, Any] = {}
+    try:
+        for path, ranks in method.plan(sites, config).items():
+            adapters[path] = method.from_peft(by_path[path], ranks, config, tensors)
+            for module, rank in zip(by_path[path].modules, ranks, strict=True):
+                if rank:
+                    unused -= {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+        for site in saved.choose(sites, config.modules_to_save):
+            names = [f"{module}.weight" for module in site.modules]
+            adapters[site.path] = saved_from_peft(site, [tensors[n] for n in names])
+            unused -= set(names)
+    except KeyError as error:
+        raise UserError(
+            f"{directory} has no tensor {error.args[0]!r}, which its config asks for on this model."
+            f"{did_you_mean(error.args[0], tensors)} It has {len(tensors)} tensors; is it for another base model?"
+        ) from None
+    if unused:
+        listed = "\n".join(f"  {name}" for name in sorted(unused)[:5])
+        raise UserError(f"{directory} has {len(unused)} tensors that its config and this model do not use:\n{listed}")
+    return PeftAdapter(method, config, adapters, values.get("base_model_name_or_path"))
+
+
+def saved_from_peft(site: Site, values: Sequence[np.ndarray]) -> saved.Saved:
+    """A `modules_to_save` weight from PEFT's per-layer tensors.
+
+    Raises:
+      UserError: a shape that is not the site's.
+    """
+    shape = site.shape[1:] if site.stacked else site.shape
+    turned = [v.T if site.kind == "linear" else v for v in values]
+    for module, value in zip(site.modules, turned, strict=True):
+        if value.shape != shape:
+            raise UserError(f"The adapter's {module}.weight has shape {list(value.shape)}; the model's is {list(shape)}.")
+    value = np.stack(turned) if site.stacked else turned[0]
+    return saved.Saved(nn.LogicallyPartitioned(value, site.axes))
+
+
+def adapter_tensors(adapters: Mapping[str, Any], sites: Sequence[Site], text_prefix: str = "") -> dict[str, np.ndarray]:
+    """PEFT's tensors of a set of adapters ({path: adapter}, unboxed), by PEFT's names.
+
+    text_prefix: what stands between `model.` and `layers` in a multimodal checkpoint ("language_model.").
+    """
+    tensors = {}
+    for site in sites:
+        adapter = adapters.get(site.path)
+        if adapter is None:
+            continue
+        for layer, module in enumerate(site.modules):
+            for suffix, value in adapter.to_peft(layer if site.stacked else None).items():
+                whole = isinstance(adapter, saved.Saved)
+                value = value.T if whole and site.kind == "linear" else value
+                name = module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
+                tensors[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value, dtype=np.float32)
+    return tensors
+
+
+def save_adapter(
+    directory: Path,
+    adapters: Tree,
+    sites: Sequence[Site],
+    config: Any,
+    peft_type: str,
+    base: str,
+    *,
+    text_prefix: str = "",
+    readme: str = "",
+) -> None:
+    """Writes a PEFT directory in one piece: beside it first, then renamed.
+
+    Raises:
+      UserError: a value that is not finite: such an adapter is never written.
+    """
+    is_adapter = lambda x: hasattr(x, "to_peft")  # noqa: E731
+    tensors = adapter_tensors(tree.flatten(adapters, is_leaf=is_adapter), sites, text_prefix)
+    bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    if bad or not tensors:
+        raise UserError(f"The adapter is not written: {bad[0] + ' is not finite' if bad else 'it has no tensors'}.")
+    values = {key: value for key, value in vars(config).items()}
+    values |= {
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "revision": None,
+    }
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    (temporary / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
+    (temporary / "README.md").write_text(readme or card(base, peft_type))
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def card(base: str, peft_type: str) -> str:
+    """The front matter that the Hub reads, and how to load the adapter."""
+    method = peft_type.lower()
+    quoted = json.dumps(base, ensure_ascii=False)
+    return f"""---
+base_model: {quoted}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- {method}
+- jaxtune
+---
+
+A {method} adapter for {quoted}, trained with jaxtune {__version__}.
+
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("THIS_DIRECTORY_OR_HUB_ID")
+```
+
+```python
+import jaxtune
+lm = jaxtune.load({quoted}, adapter="THIS_DIRECTORY")
+```
+"""
+
+

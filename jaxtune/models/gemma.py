@@ -1,0 +1,181 @@
+"""Gemma 1, 1.1, 2 and 3 (text) as one family; what differs between its layers is scanned data, not structure.
+
+B batch, T query length, S key length, D width, F hidden, N query heads, K kv heads, H head dim, V vocabulary, L layers.
+
+Sources: transformers' `GemmaModel`, `Gemma2Model`, `Gemma3TextModel`, whose float32 logits these equal.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxtune.attention import NO_WINDOW, Cache, attend, rotate, visible
+from jaxtune.layers import Embedding, Head, Linear, RMSNorm, constrain, embed
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary base and linear scaling: angle = position / (factor * theta ** (2i/H))."""
+
+    theta: float
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes and switches of one model; built from config.json by `models.gemma_hf.config_from_hf`."""
+
+    family: str  # gemma | gemma2 | gemma3
+    vocab_size: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query_scale: float  # scores are multiplied by this
+    activation: str
+    norm_eps: float
+    windows: tuple[int | None, ...]  # one per layer; None: global
+    ropes: tuple[Rope, ...]  # one per layer
+    attention_softcap: float | None
+    final_softcap: float | None
+    post_norms: bool  # Gemma 2 and 3: a norm after attention and after the MLP too
+    qk_norm: bool  # Gemma 3
+    tied: bool  # the output head is the embedding table
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    def layer_data(self) -> dict[str, np.ndarray]:
+        """What differs between layers: `window` [L], `inverse_frequency` [L, H/2]."""
+        exponent = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
+        return {
+            "window": np.array([NO_WINDOW if w is None else w for w in self.windows], np.int32),
+            "inverse_frequency": np.stack(
+                [(1.0 / (np.float32(r.theta) ** exponent) / r.factor).astype(np.float32) for r in self.ropes]
+            ),
+        }
+
+
+class Attention(nn.Module):
+    config: GemmaConfig
+
+    @nn.compact
+    def __call__(self, x, positions, segments, layer, cache):
+        c = self.config
+        B, T, _ = x.shape
+        q = Linear(c.heads * c.head_dim, ("embed", "heads"), name="q")(x).reshape(B, T, c.heads, c.head_dim)
+        k = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), name="k")(x).reshape(B, T, c.kv_heads, c.head_dim)
+        v = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), name="v")(x).reshape(B, T, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        q = rotate(q, positions, layer["inverse_frequency"])
+        k = rotate(k, positions, layer["inverse_frequency"])
+        slots = jnp.arange(T)
+        key_segments = segments
+        if cache is not None:
+            slots = slots + cache["length"]
+            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
+            key_segments = cache["segments"]
+        mask = visible(slots, segments, key_segments, layer["window"])
+        out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap)
+        out = Linear(c.width, ("heads", "embed"), name="o")(out.reshape(B, T, c.heads * c.head_dim))
+        return out, (None if cache is None else (k, v))
+
+
+class MLP(nn.Module):
+    config: GemmaConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate = Linear(c.hidden, ("embed", "mlp"), name="gate")(x)
+        up = Linear(c.hidden, ("embed", "mlp"), name="up")(x)
+        return Linear(c.width, ("mlp", "embed"), name="down")(ACTIVATIONS[c.activation](gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, in the shape nn.scan wants: (carry, per-layer data) -> (carry, per-layer output)."""
+
+    config: GemmaConfig
+
+    @nn.compact
+    def __call__(self, x, layer, positions, segments, shared_cache):
+        c = self.config
+
+        def norm(name, y):
+            return RMSNorm(c.norm_eps, name=name)(y)
+
+        def post_norm(name, y):
+            return norm(name, y) if c.post_norms else y
+
+        cache = None if shared_cache is None else {**shared_cache, "k": layer["k"], "v": layer["v"]}
+        y, kv = Attention(c, name="attn")(norm("pre_attn_norm", x), positions, segments, layer, cache)
+        x = x + post_norm("post_attn_norm", y)
+        x = x + post_norm("post_mlp_norm", MLP(c, name="mlp")(norm("pre_mlp_norm", x)))
+        return constrain(x, "batch", "length", "activation"), kv
+
+
+class Gemma(nn.Module):
+    """Token ids to the final hidden states; `head` and `softcap` turn those into logits."""
+
+    config: GemmaConfig
+    dtype: Any = jnp.float32  # of the activations
+    remat: bool = False  # recompute each layer in the backward pass
+
+    def setup(self):
+        c = self.config
+        self.embed = Embedding(c.vocab_size, c.width)
+        self.lm_head = Head(c.vocab_size, c.width)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "adapters": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = RMSNorm(c.norm_eps)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states after the final norm, and the cache with these T slots added.
+
+        Args:
+          tokens: ids.  positions: for rotation.  segments: 0 is padding; rows see only their own segment.
+          cache: keys and values so far; the new ones go to slots [length, length + T).
+        """
+        x = constrain(embed(self.embed(), tokens, self.dtype), "batch", "length", "activation")
+        layer, shared = {k: jnp.asarray(v) for k, v in self.config.layer_data().items()}, None
+        if cache is not None:
+            all_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)
+            shared = {"segments": all_segments, "length": cache.length}
+            layer |= {"k": cache.k, "v": cache.v}
+        x, kv = self.layers(x, layer, positions, segments, shared)
+        if not self.config.tied:
+            self.head()  # so that `init` makes its parameter
+        if cache is not None:
+            cache = Cache(kv[0], kv[1], shared["segments"], cache.length + tokens.shape[1])
+        return self.final_norm(x), cache
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output matrix.  Tied or not, an adapter of the embedding does not reach it, nor the other way round."""
+        return self.lm_head(self.embed.base if self.config.tied else None)

@@ -1,0 +1,70 @@
+"""`modules_to_save`: a module trained whole, as a copy beside the frozen original.
+
+With tied embeddings a copy of `embed_tokens` does not reach the output head nor the other way round, as in PEFT.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jaxtune.errors import UserError
+from jaxtune.layers import matmul
+from jaxtune.peft.method import Site, is_saved, require_match
+
+
+@struct.dataclass
+class Saved:
+    """value: the weight that stands in for the base's, with its layer axis where it has one."""
+
+    value: Any
+
+    def linear(self, x, y, w, rng):
+        return matmul(x, self.value)
+
+    def weight(self, w):
+        return self.value
+
+    def to_peft(self, layer: int | None) -> dict[str, np.ndarray]:
+        """{'.weight': tensor} of one layer, still in our orientation's transpose (see `hf.adapters`)."""
+        value = np.asarray(self.value if layer is None else self.value[layer])
+        return {"weight": value}
+
+
+def choose(sites: Sequence[Site], modules_to_save: Sequence[str] | None) -> list[Site]:
+    """The sites trained whole.
+
+    Raises:
+      UserError: a name that matches nothing, or only some layers of a stacked parameter.
+    """
+    chosen = []
+    for name in modules_to_save or ():
+        found = [s for s in sites if any(is_saved([name], m) for m in s.modules)]
+        require_match(found, "modules_to_save", [name], sites)
+        chosen += [s for s in found if s not in chosen]
+    for site in chosen:
+        hit = [m for m in site.modules if is_saved(modules_to_save, m)]
+        if len(hit) != len(site.modules):
+            raise UserError(
+                f"modules_to_save matches {len(hit)} of the {len(site.modules)} layers of {site.path} ({hit[0]}, …). "
+                "jaxtune trains a module whole in all layers or in none: name it without the layer."
+            )
+    return chosen
+
+
+def init(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[str, Saved]:
+    """Copies of the base weights, in float32; `base` is {path: value}, where a tied head is not listed."""
+    copies = {}
+    for site in sites:
+        source = base[site.path] if site.path in base else base["embed/table"]
+        value = jnp.asarray(source).astype(jnp.float32)
+        copies[site.path] = Saved(nn.LogicallyPartitioned(value, site.axes))
+    return copies
+
+
+def abstract(sites: Sequence[Site]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {s.path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for s in sites}
