@@ -127,6 +127,14 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> 
     return x * jnp.asarray(table.shape[1] ** 0.5, dtype)
 
 
+def output_logits(
+    hidden: Float[Array, "*batch D"], table: Float[Array, "V D"], softcap: float | None
+) -> Float[Array, "*batch V"]:
+    """Float32 logits of a few positions; training never forms them for a whole batch (see `jaxtune.loss`)."""
+    logits = jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return logits if softcap is None else jnp.tanh(logits / softcap) * softcap
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Sharding of an activation by logical axes; does nothing outside a mesh."""
     return nn.with_logical_constraint(x, axes)

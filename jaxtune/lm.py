@@ -16,6 +16,7 @@ from jaxtune import tree
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, save_adapter
 from jaxtune.hf.base import Base, load_base, open_base
+from jaxtune.layers import output_logits
 from jaxtune.typing import Tree
 
 
@@ -30,15 +31,7 @@ def forward_logits(model: Any, variables: Tree, tokens: Any, segments: Any) -> A
     """Float32 logits [B, T, V] of every position, soft-capped: for inspection, never for training."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model.apply(variables, tokens, positions, segments)
-    table = model.apply(variables, method="head")
-    return model_logits(model, hidden, table)
-
-
-def model_logits(model: Any, hidden: Any, table: Any) -> Any:
-    """hidden [..., D] times table [V, D], in float32, soft-capped where the model is."""
-    logits = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    cap = model.config.final_softcap
-    return logits if cap is None else jnp.tanh(logits / cap) * cap
+    return output_logits(hidden, model.apply(variables, method="head"), model.config.final_softcap)
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,38 @@ def update_run(workdir: Path, status: str, **fields: Any) -> None:
     else:
         record = json.loads(path.read_text()) | {"status": status, "ended": now()}
     write_json_atomic(path, record | fields)
+
+
+class Appender:
+    """A file that grows by whole pieces, and is given up with one warning when it cannot."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self._path, self._say, self._file = path, say, None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: what was written is in the kernel's hands, safe from kill -9, when `write` returns.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            self.give_up(error)
+
+    def write(self, data: bytes) -> None:
+        """Appends, or gives up."""
+        if self._file is None:
+            return
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError("no space left for a whole line")
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        self.close()
+        self._say(f"WARNING: {self._path} cannot be written: {error}. The run goes on without it.")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
 
 def _digest(path: Path) -> str:

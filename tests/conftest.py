@@ -24,3 +24,19 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint('gemma2') -> (transformers model, its directory), made once."""
+    import reference
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            model = reference.randomise(reference.MODELS[name]())
+            made[name] = (model, reference.save(model, tmp_path_factory.mktemp(name)))
+        return made[name]
+
+    return get

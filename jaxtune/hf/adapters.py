@@ -157,13 +157,14 @@ def save_adapter(
     Raises:
       UserError: a value that is not finite: such an adapter is never written.
     """
-    is_adapter = lambda x: hasattr(x, "to_peft")  # noqa: E731
-    tensors = adapter_tensors(tree.flatten(adapters, is_leaf=is_adapter), sites, text_prefix)
+    flat = tree.flatten(adapters, is_leaf=lambda x: hasattr(x, "to_peft"))
+    tensors = adapter_tensors(flat, sites, text_prefix)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if bad or not tensors:
         raise UserError(f"The adapter is not written: {bad[0] + ' is not finite' if bad else 'it has no tensors'}.")
-    values = {key: value for key, value in vars(config).items()}
-    values |= {
+    values = {
+        **vars(config),
+        "target_modules": exported_targets(config.target_modules, tensors, text_prefix),
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -179,6 +180,19 @@ def save_adapter(
     (temporary / "README.md").write_text(readme or card(base, peft_type))
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
+
+
+def exported_targets(asked: Any, tensors: Mapping[str, Any], text_prefix: str) -> Any:
+    """`target_modules` as other loaders understand it: names instead of "all-linear" or a family's default.
+
+    In a multimodal checkpoint the same names stand in the vision tower, so that whole paths are needed.
+    """
+    adapted = sorted({n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors if ".lora_" in n})
+    if text_prefix:
+        return adapted
+    if asked is None or (isinstance(asked, str) and asked.lower() == "all-linear"):
+        return sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    return asked
 
 
 def card(base: str, peft_type: str) -> str:

@@ -86,7 +86,8 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        head = path.open("rb").read(64)
+        with path.open("rb") as file:
+            head = file.read(64)
         hint = " It is a Git-LFS pointer: run `git lfs pull`." if head.startswith(b"version https://git-lfs") else ""
         hint = hint or (" It looks like a pickle or zip." if head[:2] in (b"PK", b"\x80\x02") else "")
         raise UserError(f"{path} is not a safetensors file, or is damaged ({error}).{hint}") from None

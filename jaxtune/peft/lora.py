@@ -59,23 +59,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """PEFT's keys and defaults.
+    """PEFT's keys and defaults.  Values may come from a downloaded file, so their types are checked, not declared.
 
     Raises:
       ValueError: a value out of range, naming the key.
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    r: Any = 8
+    lora_alpha: Any = 8
+    lora_dropout: Any = 0.0
     target_modules: Any = None
     exclude_modules: Any = None
-    use_rslora: bool = False
+    use_rslora: Any = False
     layers_to_transform: Any = None
     layers_pattern: Any = None
     rank_pattern: Any = None
     alpha_pattern: Any = None
-    bias: str = "none"
+    bias: Any = "none"
     modules_to_save: Any = None
     init_lora_weights: Any = True
 
@@ -172,10 +172,9 @@ def plan(sites: Sequence[Site], config: LoraConfig) -> dict[str, tuple[int, ...]
                 "name that module in `modules_to_save` to train it whole."
             )
     if not isinstance(targets, str):
-        unmatched = [t for t in targets if not any(names_match([t], m) for s in sites if s.path in found for m in s.modules)]
         # PEFT lets a name in a list match nothing as long as another does; a misspelt name would go unnoticed.
-        for name in unmatched:
-            require_match([], "target_modules", [name], sites)
+        for name in targets:
+            require_match([m for s in sites for m in s.modules if names_match([name], m)], "target_modules", [name], sites)
     return found
 
 

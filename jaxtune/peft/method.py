@@ -54,11 +54,19 @@ def is_trainable(path: str) -> bool:
 # ---------------------------------------------------------------- which modules (peft/tuners/tuners_utils.py)
 
 
+def spellings(module: str) -> tuple[str, ...]:
+    """A module path as text-only and as multimodal checkpoints have it (before and since transformers 4.52), since an
+    adapter made on one fits the text tower of the other."""
+    if not module.startswith("model."):
+        return (module,)
+    return (module, module.replace("model.", "model.language_model.", 1), "language_model." + module)
+
+
 def names_match(names: Any, module: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole path, a list holds names or their dotted ends."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith("." + name) for name in names)
+        return any(re.fullmatch(names, spelling) for spelling in spellings(module))
+    return any(s == name or s.endswith("." + name) for name in names for s in spellings(module))
 
 
 def layer_index(module: str, layers_pattern: Any = None) -> int | None:
@@ -77,7 +85,7 @@ def layer_index(module: str, layers_pattern: Any = None) -> int | None:
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key, in order, that matches the end of the module path (PEFT's `get_pattern_key`)."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if any(re.match(rf"(.*\.)?({key})$", spelling) for spelling in spellings(module)):
             return value
     return default
 

@@ -1,0 +1,86 @@
+"""`metrics.jsonl`, one line a step, and the same numbers for TensorBoard.
+
+Nothing here stops a run: a file that cannot be written is given up with one warning.  No jax: `torch_gpu` uses it too.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtune import tensorboard as events
+from jaxtune.rundir import Appender, StorageError, write_atomic
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, and the same numbers for TensorBoard.
+
+    A line with `loss` is of a training step, one with `eval_loss` of an evaluation.  Floats come back exactly; those
+    that are not finite are null, for JSON has no word for them.
+
+    Args:
+      workdir: holds `metrics.jsonl` and `tensorboard/`.
+      resume_step: later lines are removed, for these steps are about to be done again; None: all are.
+      tensorboard: whether to write `tensorboard/` too.
+      say: takes a warning.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int | None, tensorboard: bool, say: Callable[[str], None] = print):
+        path = workdir / "metrics.jsonl"
+        self._files: list[Appender] = []
+        self._lines = self._board = None
+        try:
+            old = path.read_bytes() if path.exists() else b""
+            kept = lines_until(old, -1 if resume_step is None else resume_step)
+            if kept != old:
+                write_atomic(path, kept)
+            self._lines = Appender(path, say)
+        except (OSError, StorageError) as error:
+            say(f"WARNING: {path} cannot be written: {error}. The run goes on without it.")
+        if tensorboard:
+            name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.getpid()}"
+            self._board = Appender(workdir / "tensorboard" / name, say)
+            self._board.write(events.file_header() + events.restart(0 if resume_step is None else resume_step + 1))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in (self._lines, self._board):
+            if file:
+                file.close()
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Adds a line; it is in the file when this returns.  Write a step before saving its checkpoint.
+
+        Args:
+          step: optimiser steps done.
+          values: Python numbers; `loss` of a training step or `eval_loss` of an evaluation is among them.
+
+        Raises:
+          ValueError: neither is, or both.
+        """
+        if ("loss" in values) == ("eval_loss" in values):
+            raise ValueError(f"one of `loss` and `eval_loss` is needed, not {sorted(values)}")
+        finite = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        line = {"step": step} | {key: finite.get(key) for key in values}
+        if self._lines:
+            self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        if self._board:
+            group = "train" if "loss" in values else "eval"
+            tags = {f"{group}/{key.removeprefix('eval_')}": float(value) for key, value in finite.items()}
+            self._board.write(events.scalars(step, tags))
+
+
+def lines_until(data: bytes, step: int) -> bytes:
+    """The lines of a metrics file up to and with a step; torn ones are left out, the others stay as they are."""
+    kept = []
+    for line in data.splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    return b"".join(kept)

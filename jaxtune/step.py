@@ -1,0 +1,76 @@
+"""One optimiser step and one evaluation step, as pure functions.
+
+The model's variables are a tree `{params, adapters}`.  By path, each leaf is either trainable or frozen; both sides are
+flat dicts, and the tree is put together again inside the step.  Full fine-tuning is the same sentence with other leaves
+on the trainable side.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxtune import tree
+from jaxtune.loss import batch_loss
+from jaxtune.typing import Tree
+
+
+@struct.dataclass
+class State:
+    """What a step changes: everything a checkpoint needs besides the row cursor."""
+
+    step: Int[Array, ""]
+    trainable: dict[str, Array]
+    opt_state: Tree
+
+
+def train_step(
+    state: State,
+    frozen: dict[str, Array],
+    batch: dict[str, Array],
+    *,
+    model: Any,
+    structure: Tree,
+    optimiser: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+) -> tuple[State, dict[str, Array]]:
+    """One update from a global batch of A micro-batches, [A, B, T].
+
+    Each micro-batch's summed loss is divided by the target tokens of the whole global batch, so that A micro-batches give
+    the gradient of one large batch whatever their lengths.  Dropout's keys are a function of (seed, step, micro-batch).
+    """
+    total = jnp.sum(batch["weights"])
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def loss_of(trainable, micro, index):
+        variables = tree.unflatten(structure, frozen | trainable)
+        return batch_loss(model, variables, micro, jax.random.fold_in(key, index)) / jnp.maximum(total, 1.0)
+
+    def accumulate(carry, xs):
+        value = jax.value_and_grad(loss_of)(state.trainable, *xs)
+        return jax.tree.map(jnp.add, carry, value), None
+
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trainable))
+    (loss, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(batch["weights"].shape[0])))
+
+    updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "target_tokens": total,
+    }
+    return State(state.step + 1, trainable, opt_state), metrics
+
+
+def eval_step(
+    trainable: dict[str, Array], frozen: dict[str, Array], batch: dict[str, Array], *, model: Any, structure: Tree
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(summed loss, target tokens) of one batch [B, T], without dropout."""
+    variables = tree.unflatten(structure, frozen | trainable)
+    return batch_loss(model, variables, batch), jnp.sum(batch["weights"])
