@@ -17,6 +17,7 @@ belongs to `identity` too.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -44,6 +45,8 @@ FORMAT = 1
 DISK_TROUBLE = re.compile(
     "RESOURCE_EXHAUSTED|PERMISSION_DENIED|No space left|Disk quota|File too large|Read-only|Input/output error|Stale"
 )
+# Orbax logs pages of traceback for a failure that it raises as well; the user gets one message of ours.
+logging.getLogger("absl").addFilter(lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,11 +136,11 @@ class Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._say_line(self._unsaid)
         if self._bar:
             self._draw(self._bar.refresh)
             self._draw(self._bar.stop)
-        self._console.live = False
-        self._say_line(self._unsaid)
+        self._bar, self._console.live = None, False
 
     def step(self, step: int, *, loss: float | None, learning_rate: float, tokens: int, seconds: float) -> None:
         """After each optimiser step.

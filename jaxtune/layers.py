@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtune.mesh import spec
 from jaxtune.typing import Tree
 
 
@@ -136,8 +137,12 @@ def output_logits(
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Sharding of an activation by logical axes; does nothing outside a mesh."""
-    return nn.with_logical_constraint(x, axes)
+    """Sharding of an activation by its logical axes; does nothing outside `jax.set_mesh`.
+
+    (Linen's own `with_logical_constraint` does nothing on CPUs, so that no test on fake devices would see a wrong one.)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
 def abstract_params(module: nn.Module, *args: Any) -> Tree:

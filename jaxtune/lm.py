@@ -65,7 +65,8 @@ class LanguageModel:
         segments = np.ones_like(tokens) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
         if segments.shape != tokens.shape:
             raise UserError(f"attention_mask has shape {segments.shape}; it must be input_ids' {tokens.shape}.")
-        return np.asarray(forward_logits(self.base.model, self.variables, tokens, segments))
+        with jax.set_mesh(self.mesh):
+            return np.asarray(forward_logits(self.base.model, self.variables, tokens, segments))
 
     def generate(
         self,
@@ -83,15 +84,16 @@ class LanguageModel:
             raise MissingInputError(f"{self.base.directory} has no tokenizer (tokenizer.json or tokenizer.model).")
         ids = encode_prompts(self.tokenizer, prompts)
         sampling = Sampling(temperature, top_k, top_p)
-        out = generate(
-            self.base.model,
-            self.variables,
-            ids,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            sampling=sampling,
-            seed=seed,
-        )
+        with jax.set_mesh(self.mesh):
+            out = generate(
+                self.base.model,
+                self.variables,
+                ids,
+                max_new_tokens=max_new_tokens,
+                stop_ids=self.tokenizer.stop_ids,
+                sampling=sampling,
+                seed=seed,
+            )
         return [self.tokenizer.decode(tokens) for tokens in out]
 
     def save_adapter(self, directory: str | Path) -> None:

@@ -72,7 +72,7 @@ def check_batch(mesh: Mesh, rows: int, what: str) -> None:
         )
 
 
-def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def spec(mesh: Any, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """Where an array with these logical axes goes.  A mesh axis is used once, and only where it divides the dimension."""
     rules, used, out = dict(RULES), set(), []
     for axis, size in zip(axes, shape, strict=True):

@@ -24,18 +24,28 @@ class MetricsLog:
 
     Args:
       workdir: holds `metrics.jsonl` and `tensorboard/`.
-      resume_step: later lines are removed, for these steps are about to be done again; None: all are.
+      resume_step: later lines are removed, for these steps are about to be done again; None or 0: all are.
       tensorboard: whether to write `tensorboard/` too.
       say: takes a warning.
+      quiet: write nothing (every process of a run but the first).
     """
 
-    def __init__(self, workdir: Path, resume_step: int | None, tensorboard: bool, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        workdir: Path,
+        resume_step: int | None,
+        tensorboard: bool,
+        say: Callable[[str], None] = print,
+        quiet: bool = False,
+    ):
         path = workdir / "metrics.jsonl"
-        self._files: list[Appender] = []
-        self._lines = self._board = None
+        self._lines: Appender | None = None
+        self._board: Appender | None = None
+        if quiet:
+            return
         try:
             old = path.read_bytes() if path.exists() else b""
-            kept = lines_until(old, -1 if resume_step is None else resume_step)
+            kept = lines_until(old, resume_step) if resume_step else b""
             if kept != old:
                 write_atomic(path, kept)
             self._lines = Appender(path, say)
@@ -44,7 +54,7 @@ class MetricsLog:
         if tensorboard:
             name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.getpid()}"
             self._board = Appender(workdir / "tensorboard" / name, say)
-            self._board.write(events.file_header() + events.restart(0 if resume_step is None else resume_step + 1))
+            self._board.write(events.file_header() + events.restart(resume_step + 1 if resume_step else 0))
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -58,17 +58,15 @@ def make_optimiser(c: Any, schedule: optax.Schedule) -> optax.GradientTransforma
     return optax.chain(*clip, OPTIMISERS[c.name](schedule, c))
 
 
-def state_shardings(mesh: Mesh, abstract_state: Tree, shardings: dict[str, Any], shapes: dict[str, Any]) -> Tree:
+def state_shardings(mesh: Mesh, abstract_state: Tree, trainable: dict[str, jax.Array]) -> Tree:
     """A sharding for every optimiser leaf: its weight's where it has its weight's path and shape, else replicated.
 
     A leaf without one (Adam's count) would stay on one process's device, and a restored run would not start.
     """
 
     def one(keys: Any, leaf: Any) -> Any:
-        path = tree.path_of(keys)
-        owner = next((p for p in shardings if path.endswith(p)), None)
-        if owner is not None and shapes[owner].shape == leaf.shape:
-            return shardings[owner]
-        return meshes.replicated(mesh)
+        owner = next((w for path, w in trainable.items() if tree.path_of(keys).endswith(path)), None)
+        same = owner is not None and owner.shape == leaf.shape
+        return owner.sharding if same else meshes.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, abstract_state)

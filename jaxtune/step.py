@@ -10,21 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxtune import tree
 from jaxtune.loss import batch_loss
+from jaxtune.state import State
 from jaxtune.typing import Tree
-
-
-@struct.dataclass
-class State:
-    """What a step changes: everything a checkpoint needs besides the row cursor."""
-
-    step: Int[Array, ""]
-    trainable: dict[str, Array]
-    opt_state: Tree
 
 
 def train_step(

@@ -1,0 +1,144 @@
+"""What trains: the `peft` section and a loaded base to trainable and frozen leaves, each on its device.
+
+    variables = {params: the base, adapters: the method's}      by path: trainable | frozen
+
+With `full` every parameter is on the trainable side and there is no adapter.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxtune import mesh as meshes
+from jaxtune import tree
+from jaxtune.errors import UserError, did_you_mean
+from jaxtune.hf.adapters import PeftAdapter, load_adapter, save_adapter
+from jaxtune.hf.base import Base, load_base
+from jaxtune.hf.weights import save_params
+from jaxtune.peft import METHODS, saved
+from jaxtune.peft.method import is_trainable, read_config
+from jaxtune.typing import Tree
+
+
+class Adapted(NamedTuple):
+    """structure: the variables' tree, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None for `full`."""
+
+    structure: Tree
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    peft: PeftAdapter | None
+
+    def variables(self, trainable: dict[str, jax.Array]) -> Tree:
+        return tree.unflatten(self.structure, self.frozen | trainable)
+
+
+def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
+    """(method module, its config) of a `peft` section as plain values; (None, None) for `full`.
+
+    Raises:
+      UserError: an unknown method, or a value that the method refuses.
+    """
+    name = section["method"]
+    if name == "full":
+        return None, None
+    if name not in METHODS:
+        known = [*METHODS, "full"]
+        raise UserError(f"`peft.method` is {name!r}. It can be: {', '.join(known)}.{did_you_mean(name, known)}")
+    values = {k: v for k, v in section.items() if k not in ("method", "init_from") and v is not None}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if isinstance(values.get(pattern), list):
+            values[pattern] = dict(values[pattern])
+    method = METHODS[name]
+    return method, read_config(method.LoraConfig, values, method.NEUTRAL, "`config.peft`")
+
+
+def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: int) -> Adapted:
+    """Loads the base and lays the method's adapters over it.
+
+    Args:
+      section: `config.peft` as plain values.  dtype: of the frozen base.  seed: of the initial adapters.
+
+    Raises:
+      UserError: a target that matches nothing, a checkpoint or an adapter that does not fit.
+    """
+    method, config = read_method(section)
+    # What trains is float32, whatever the activations are: small updates would be lost in bfloat16.
+    params = load_base(base, mesh, lambda path: jnp.float32 if method is None else jnp.dtype(dtype))
+    if method is None:
+        if section["init_from"]:
+            raise UserError("`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`.")
+        variables = {"params": params}
+        leaves = tree.flatten(variables)
+        return Adapted(jax.tree.map(lambda _: 0, variables), leaves, {}, None)
+
+    if section["init_from"]:
+        peft = load_adapter(Path(section["init_from"]).expanduser(), base.sites)
+        if peft.config != config:
+            differ = [k for k, v in vars(config).items() if vars(peft.config)[k] != v]
+            raise UserError(
+                f"`peft.init_from` {section['init_from']} was made with other settings: "
+                + ", ".join(f"{k}={vars(peft.config)[k]!r} (config: {vars(config)[k]!r})" for k in differ)
+                + ". Set `config.peft` to its values."
+            )
+        boxed = tree.nest(peft.adapters)
+    else:
+        flat = tree.flatten(params)
+
+        def init(key: jax.Array, flat: dict[str, jax.Array]) -> Tree:
+            whole = saved.init(saved.choose(base.sites, config.modules_to_save), flat)
+            return tree.nest(method.init(key, base.sites, config) | whole)
+
+        # Each adapter is made where its weight's axes say, never whole on one device.
+        abstract = jax.eval_shape(init, jax.random.key(seed), flat)
+        where = meshes.shardings(mesh, abstract)
+        boxed = jax.jit(lambda k, f: nn.unbox(init(k, f)), out_shardings=where)(jax.random.key(seed), flat)
+        peft = PeftAdapter(method, config, {}, None)
+    adapters = nn.unbox(boxed)
+    if section["init_from"]:
+        adapters = jax.device_put(adapters, meshes.shardings(mesh, boxed))
+    variables = {"params": params, "adapters": adapters}
+    leaves = tree.flatten(variables)
+    trained = {path for path in leaves if path.startswith("adapters/") and is_trainable(path)}
+    return Adapted(
+        jax.tree.map(lambda _: 0, variables),
+        {path: leaf for path, leaf in leaves.items() if path in trained},
+        {path: leaf for path, leaf in leaves.items() if path not in trained},
+        peft,
+    )
+
+
+def export(workdir: Path, base_name: str, base: Base, adapted: Adapted, trainable: dict[str, jax.Array]) -> Path:
+    """Writes what was trained: `adapter/` (a PEFT directory), or `model/` (a Hugging Face checkpoint) for `full`."""
+    variables = adapted.variables(trainable)
+    if adapted.peft is None:
+        save_params(workdir / "model", base.rows, variables["params"], base.directory, dtype=base.model.dtype)
+        return workdir / "model"
+    peft_type = adapted.peft.method.PEFT_TYPE
+    save_adapter(
+        workdir / "adapter",
+        variables["adapters"],
+        base.sites,
+        adapted.peft.config,
+        peft_type,
+        base_name,
+        text_prefix=base.text_prefix,
+    )
+    return workdir / "adapter"
+
+
+def how_to_load(where: Path, base: Base, adapted: Adapted) -> str:
+    """What to type to use the result in transformers and peft."""
+    if adapted.peft is None:
+        return (
+            f"The model is in {where}. To load it:\n"
+            f"  from transformers import AutoModelForCausalLM\n  model = AutoModelForCausalLM.from_pretrained({str(where)!r})"
+        )
+    return (
+        f"The PEFT adapter is in {where}. To load it:\n"
+        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r})\n"
+        f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
+    )

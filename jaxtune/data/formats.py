@@ -1,0 +1,200 @@
+"""What a row says: a conversation, or a prompt and its completion.
+
+Three formats: `messages` (a column of turns), `prompt_completion` and `text` (templates over named columns).
+"""
+
+import math
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtune.data.chat import TEMPLATES, Message
+from jaxtune.data.sources import Row
+from jaxtune.errors import DataError, UserError, did_you_mean
+from jaxtune.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+class RowError(DataError):
+    """One row that cannot be used.  `where` is its number and field, `why` what is wrong."""
+
+    def __init__(self, number: int, field: str, why: str):
+        super().__init__(f"{number}:{field}: {why}")
+        self.where, self.why = f"{number}:{field}", why
+
+
+class Text(NamedTuple):
+    """Plain text; the loss is on the completion."""
+
+    prompt: str
+    completion: str
+
+
+# (literal text, column or None) pairs, in order.
+ColumnTemplate = tuple[tuple[str, str | None], ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows are read; `make_format` builds it from the config's `data` section."""
+
+    kind: str
+    # messages: the column of turns.
+    column: str
+    prompt: ColumnTemplate
+    completion: ColumnTemplate
+    # The chat template's source; None: plain text.
+    chat_template: str | None
+
+
+def make_format(
+    tokenizer: Tokenizer,
+    *,
+    format: str = "messages",
+    messages: str = "messages",
+    prompt: str = "{prompt}",
+    completion: str = "{completion}",
+    text: str = "{text}",
+    chat_template: str | None = None,
+) -> Format:
+    """Checks the settings of `config.data` that say what a row means; the keywords and defaults are its keys.
+
+    Raises:
+      UserError: an unknown format or chat template, a checkpoint without one, or a template over columns that is not
+        plain text and `{column}`.
+    """
+    template = None
+    if format == "messages" or (format == "prompt_completion" and chat_template is not None):
+        template = find_template(chat_template, tokenizer)
+    elif chat_template is not None and format == "text":
+        raise UserError(
+            "`data.chat_template` is set, but `data.format` is text, which has no turns. Unset one of them."
+        )
+    if format == "messages":
+        return Format(format, messages, (), (), template)
+    if format == "prompt_completion":
+        pieces = parse_template(prompt, "data.prompt"), parse_template(completion, "data.completion")
+        return Format(format, "", *pieces, template)
+    if format == "text":
+        return Format(format, "", (), parse_template(text, "data.text"), None)
+    known = ("messages", "prompt_completion", "text")
+    raise UserError(f"`data.format` is {format!r}. It can be: {', '.join(known)}.{did_you_mean(format, known)}")
+
+
+def find_template(name: str | None, tokenizer: Tokenizer) -> str:
+    """A named chat template, or the checkpoint's own for None and "tokenizer"."""
+    if name is None or name == "tokenizer":
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"The checkpoint has no chat template. Set `data.chat_template` to one of: {', '.join(TEMPLATES)}."
+            )
+        return tokenizer.chat_template
+    if name not in TEMPLATES:
+        known = (*TEMPLATES, "tokenizer")
+        raise UserError(f"`data.chat_template` is {name!r}. It can be: {', '.join(known)}.{did_you_mean(name, known)}")
+    return TEMPLATES[name]
+
+
+def parse_template(template: str, key: str) -> ColumnTemplate:
+    """Cuts "Q: {question}" into literal text and columns.
+
+    Only `{column}` is taken, and `{{` for a brace: attributes, indices and format specs reach into values, which
+    `str.format` would allow.
+
+    Raises:
+      UserError: anything else in braces, or no column at all.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"`{key}` is {template!r}: {error}. Write columns as {{name}}, a brace as {{{{.") from None
+    for _, column, spec, conversion in parts:
+        if column is not None and (not column or set(column) & set(".[]{}") or spec or conversion):
+            raise UserError(f"`{key}` is {template!r}. Between braces it takes a column's name and nothing else.")
+    if all(column is None for _, column, _, _ in parts):
+        raise UserError(f"`{key}` is {template!r}, which names no column. Write one as {{name}}.")
+    return tuple((literal, column) for literal, column, _, _ in parts)
+
+
+def parse_row(row: Row, form: Format) -> list[Message] | Text:
+    """The turns of a row, or its plain text.
+
+    Raises:
+      RowError: with the row's number, the field and what is wrong.
+    """
+    if row.problem is not None:
+        raise RowError(row.number, "line", row.problem)
+    if form.kind == "messages":
+        return _messages(row, form.column)
+    prompt, completion = _fill(row, form.prompt), _fill(row, form.completion)
+    if form.chat_template is None:
+        return Text(prompt, completion)
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def _column(row: Row, column: str) -> Any:
+    if column not in row.fields:
+        exist = ", ".join(map(str, row.fields)) or "none"
+        raise RowError(
+            row.number, column, f"there is no such column.{did_you_mean(column, row.fields)} Columns: {exist}."
+        )
+    return row.fields[column]
+
+
+def _fill(row: Row, template: ColumnTemplate) -> str:
+    text = []
+    for literal, column in template:
+        text.append(literal)
+        if column is not None:
+            value = _column(row, column)
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise RowError(row.number, column, f"it is {_kind(value)}; it must be text or a number.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RowError(row.number, column, f"it is {value}; it must be text or a finite number.")
+            text.append(_text(row, column, str(value)))
+    return "".join(text)
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    turns = _column(row, column)
+    if not isinstance(turns, list):
+        raise RowError(row.number, column, f"it is {_kind(turns)}; it must be a list of {{role, content}}.")
+    if not turns:
+        raise RowError(row.number, column, "the list is empty.")
+    messages = []
+    for i, turn in enumerate(turns):
+        field = f"{column}[{i}]"
+        if not isinstance(turn, Mapping):
+            raise RowError(row.number, field, f"it is {_kind(turn)}; it must be {{role, content}}.")
+        for key in ("role", "content"):
+            if key not in turn:
+                raise RowError(
+                    row.number, f"{field}.{key}", f"it is missing. The turn has: {', '.join(map(str, turn))}."
+                )
+            if not isinstance(turn[key], str):
+                raise RowError(row.number, f"{field}.{key}", f"it is {_kind(turn[key])}; it must be text.")
+        role = turn["role"]
+        if role not in ROLES:
+            why = f"it is {role[:40]!r}; it can be: {', '.join(ROLES)}.{did_you_mean(role[:40], ROLES)}"
+            raise RowError(row.number, f"{field}.role", why)
+        if role == "system" and i:
+            raise RowError(row.number, f"{field}.role", "a system turn can only come first.")
+        messages.append({"role": role, "content": _text(row, f"{field}.content", turn["content"])})
+    if all(message["role"] != "assistant" for message in messages):
+        raise RowError(row.number, column, "no turn is the assistant's, so there is nothing to learn.")
+    return messages
+
+
+def _text(row: Row, field: str, value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        why = f"character {error.start} is half a surrogate pair (\\u{ord(value[error.start]):04x}), which is no text."
+        raise RowError(row.number, field, why) from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"

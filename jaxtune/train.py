@@ -1,0 +1,160 @@
+"""Fine-tunes a model: `python -m jaxtune.train --config configs/gemma_lora.py --workdir runs/x`.
+
+The same command goes on where the run stopped, however it was stopped, and ends in the same bits.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune import adapt, cli, config, evaluate, optim, rundir, tree
+from jaxtune import mesh as meshes
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.console import Console, Progress
+from jaxtune.data.batches import Batch, batches, eval_batches
+from jaxtune.data.splits import read_prompts, read_splits
+from jaxtune.errors import CannotCreateError
+from jaxtune.hf.base import open_base
+from jaxtune.metrics import MetricsLog
+from jaxtune.signals import stop_requests
+from jaxtune.state import identity, make_state, resume, to_save
+from jaxtune.step import eval_step, train_step
+from jaxtune.steplog import StepLog
+from jaxtune.tokenizer import load_tokenizer
+
+STOPPED = 75  # exit code: saved, run the same command again
+SHOWN = 8  # answers in the table
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = cli.parse("jaxtune.train", argv, __doc__ or "")
+    workdir = rundir.open_workdir(arguments.workdir)
+    with rundir.run_lock(workdir), Console(workdir / "log.txt", quiet=jax.process_index() > 0) as console:
+        rundir.update_run(workdir, "running", resume_command=arguments.command)
+        try:
+            rundir.write_json_atomic(workdir / "config.json", config.to_json(arguments.config))
+            with stop_requests() as stop:
+                code = train(arguments.config, workdir, console, stop)
+        except BaseException as error:
+            rundir.update_run(workdir, "failed", exit_code=getattr(error, "exit_code", 1), error=str(error))
+            raise
+        rundir.update_run(workdir, "stopped" if code == STOPPED else "finished", exit_code=code)
+        if code == STOPPED:
+            console.say(f"Stopped and saved. To go on:\n  {arguments.command}")
+        return code
+
+
+def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> int:
+    """The run, from a checked config to an exported adapter; returns the exit code."""
+    plain = config.to_json(c)
+    adapt.read_method(plain["peft"])  # refuses what it cannot mean before anything is read
+
+    # ---------------------------------------------------------------- Data: tokenised before a weight is loaded
+    base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, remat=c.train.remat == "full")
+    tokenizer = load_tokenizer(base.directory)
+    rows, held, length = read_splits(c.data, tokenizer, console.say)
+    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples)
+    size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
+    total = c.train.steps or max(1, math.ceil(c.train.epochs * len(rows) / size))
+
+    # ---------------------------------------------------------------- Devices
+    mesh = meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    eval_size = c.evaluate.batch_size or size // turns
+    meshes.check_batch(mesh, size // turns, "`train.global_batch_size` / `train.gradient_accumulation_steps`")
+    meshes.check_batch(mesh, eval_size, "`evaluate.batch_size`")
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def put(batch: Batch, turns: int | None = None) -> dict[str, jax.Array]:
+        """A batch on its devices: [B, T], or [A, B/A, T] for `turns` = A micro-batches."""
+        where = meshes.batch_sharding(mesh, leading=turns is not None)
+        cut = {k: v if turns is None else v.reshape(turns, -1, length) for k, v in batch.items()}
+        return {k: jax.make_array_from_process_local_data(where, v) for k, v in cut.items()}
+
+    with jax.set_mesh(mesh):
+        # ------------------------------------------------------------ Model, adapters, optimiser
+        console.say(f"model: {c.model.id}, {tree.count(base.abstract):,} parameters, on {mesh.size} {jax.default_backend()}")
+        adapted = adapt.adapt(plain["peft"], base, mesh, dtype=c.model.dtype, seed=c.train.seed)
+        console.say(f"{c.peft.method}: {tree.count(adapted.trainable):,} parameters train")
+        schedule = optim.make_schedule(c.optim, total)
+        optimiser = optim.make_optimiser(c.optim, schedule)
+        state, frozen = make_state(optimiser, adapted.trainable, mesh), adapted.frozen
+        parts = {"model": base.model, "structure": adapted.structure}
+        update = functools.partial(train_step, **parts, optimiser=optimiser, schedule=schedule, seed=c.train.seed)
+        step = jax.jit(update, donate_argnums=0)
+        score = jax.jit(functools.partial(eval_step, **parts))
+
+        def eval_loss() -> float:
+            held_back = eval_batches(held, eval_size, length, **share)
+            return evaluate.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), held_back)
+
+        def answers() -> list[str]:
+            how = {"max_new_tokens": c.evaluate.max_new_tokens, "shards": meshes.batch_shards(mesh)}
+            return evaluate.answer(base.model, adapted.variables(state.trainable), tokenizer, prompts, **how)
+
+        # ------------------------------------------------------------ Resume
+        same = identity(plain, total, base=base.fingerprint(), rows=rows.fingerprint)
+        keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n}
+        with Checkpoints(workdir / "checkpoints", **keep, identity=same, say=console.say) as checkpoints:
+            state, cursor = resume(checkpoints, state)
+            start = n = int(state.step)
+            if start and c.checkpoint.resume == "never":
+                raise CannotCreateError(f"{workdir} has checkpoints and `checkpoint.resume` is never. Give a new --workdir.")
+            with (
+                MetricsLog(workdir, start, c.logging.tensorboard, console.say) as log,
+                Progress(console, total=total, start=start, log_every=c.train.log_every) as progress,
+            ):
+                steps = StepLog(log, progress)
+
+                # ---------------------------------------------------- Before the first step
+                if start:
+                    console.say(f"resumed at step {start} of {total}, row {cursor}")
+                else:
+                    if held:
+                        steps.evaluation(0, eval_loss())
+                    if prompts:
+                        evaluate.write_answers(workdir / "samples.jsonl", prompts, before=answers())
+
+                # ---------------------------------------------------- Loop
+                order = {"batch_size": size, "seed": c.train.seed, "shuffle": c.data.shuffle, "length": length}
+                end = min(total * size, math.ceil(c.train.epochs * len(rows))) if c.train.steps is None else total * size
+                steps.restart_clock()
+                for batch, cursor in batches(rows, **order, start_row=cursor, stop_row=end, **share):
+                    n += 1
+                    state, metrics = step(state, frozen, put(batch, turns))
+                    steps.add(n, metrics, tokens=int(batch["segment_ids"].sum()), rows=cursor)
+                    evaluating = held and (n == total or (c.train.eval_every and n % c.train.eval_every == 0))
+                    if evaluating or stop or n == total or n % c.train.save_every == 0:
+                        steps.flush()
+                        scores = {"eval_loss": eval_loss()} if evaluating else {}
+                        if scores:
+                            steps.evaluation(n, scores["eval_loss"])
+                        checkpoints.save(n, to_save(state), rows=cursor, metrics=scores)
+                        steps.restart_clock()
+                    if stop and n < total:
+                        return STOPPED
+            checkpoints.wait()
+
+        # ------------------------------------------------------------ After the last
+        scores = {"eval_loss": eval_loss()} if held else {}
+        if prompts:
+            before = [row["before"] for row in evaluate.read_answers(workdir / "samples.jsonl")]
+            table = evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before, after=answers())
+            console.say_answers(table[:SHOWN])
+            for when in ("before", "after"):
+                scores[f"exact_match_{when}"] = evaluate.exact_match(table, when)
+            console.say(
+                f"exact match on {len(table)} rows: {scores['exact_match_before']:.1%} before, "
+                f"{scores['exact_match_after']:.1%} after"
+            )
+        rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
+        where = adapt.export(workdir, c.export.base_model_name_or_path or c.model.id, base, adapted, state.trainable)
+        console.say(adapt.how_to_load(where, base, adapted))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
