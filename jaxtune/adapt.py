@@ -56,6 +56,14 @@ def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
     return method, read_config(method.LoraConfig, values, method.NEUTRAL, "`config.peft`")
 
 
+def check_targets(section: dict[str, Any], base: Base) -> None:
+    """Refuses targets that match nothing, before a weight is read."""
+    method, config = read_method(section)
+    if method is not None:
+        method.plan(base.sites, config)
+        saved.choose(base.sites, config.modules_to_save)
+
+
 def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: int) -> Adapted:
     """Loads the base and lays the method's adapters over it.
 

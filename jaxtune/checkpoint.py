@@ -33,8 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxtune.errors import CannotCreateError, DivergedError, NoCheckpointError, UserError
-from jaxtune.rundir import StorageError, check_manifest, sync_directory, write_json_atomic, write_manifest
+from jaxtune.errors import CannotCreateError, DataError, DivergedError, NoCheckpointError, StorageError, UserError
+from jaxtune.rundir import check_manifest, sync_directory, write_json_atomic, write_manifest
 from jaxtune.tree import flatten, unflatten
 from jaxtune.typing import Tree
 
@@ -68,7 +68,8 @@ class Checkpoints:
       directory: created if needed.
       keep_last_n: how many of the newest steps stay; at least 1.
       keep_best_n: how many stay besides these for their `eval_loss`.
-      identity: what must be the same for a resumed run to be the same run: {'model': its hash, 'train.seed': '0', …}.
+      identity: what must be the same for a resumed run to be the same run: {'model': its hash, 'rows': the data's,
+        'train.seed': '0', …}.
       say: takes a line for the user.
 
     Raises:
@@ -172,6 +173,7 @@ class Checkpoints:
         Raises:
           NoCheckpointError: there are steps and none verifies; they stay where they are.
           UserError: the step belongs to another configuration, or its leaves are not those asked for.
+      DataError: it belongs to other data, all else being equal.
         """
         step = self._choose_together()
         if step is None:
@@ -351,7 +353,9 @@ def _check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
     if len(keys) > 10:
         lines.append(f"… and {len(keys) - 10} more")
     table = "\n  ".join(lines)
-    raise UserError(
-        f"{what} was saved by a run with other settings:\n  {table}\n"
+    # Where the config counts epochs, the number of steps follows from the rows.
+    data = "rows" in keys and set(keys) <= {"rows", "train.steps"}
+    raise (DataError if data else UserError)(
+        f"{what} was saved by a run with other {'data' if data else 'settings'}:\n  {table}\n"
         f"Set these back to go on with that run, or give a new `--workdir` to start another."
     )

@@ -4,16 +4,18 @@ import argparse
 import ast
 import importlib
 import json
+import re
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
-from jaxtune.config import check, get_default, set_value
+from jaxtune.config import check, find_secret, flatten, get_default, set_value, shown
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 
 COMMANDS = ("train",)
@@ -27,38 +29,50 @@ class Arguments(NamedTuple):
     command: str
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse exits with 2 on its own; ours raises."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. Try --help.")
+
+
 def parse(module: str, argv: Sequence[str], description: str) -> Arguments:
     """Reads a command line.
 
     Raises:
       UserError: an unknown flag or key, or a value that cannot be meant.
+      MissingInputError: no such config file.
     """
-    parser = argparse.ArgumentParser(
+    for word in argv:
+        find_secret("The command line", word)
+    parser = Parser(
         prog=f"python -m {module}",
         description=description,
         epilog="Any setting of jaxtune/config.py: --config.section.key=value, e.g. --config.optim.learning_rate=1e-4",
-        exit_on_error=False,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="a recipe (configs/*.py, or FILE.py:argument), or a run's config.json")
+    parser.add_argument("--config", help="a recipe (configs/*.py, or FILE.py:argument), or a run's config.json")
     parser.add_argument("--workdir", help="run directory; default runs/<name of the config file>")
-    try:
-        known, rest = parser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}. Try --help.") from None
-    config = load_config(known.config)
+    known, rest = parser.parse_known_args(list(argv))
     for word in rest:
-        if not word.startswith("--config.") or "=" not in word:
+        if not word.startswith("--config."):
+            flags = ["--config", "--workdir", "--help", *(f"--config.{key}" for key in flatten(get_default()))]
             raise UserError(
-                f"Unknown argument {word!r}.{did_you_mean(word.split('=')[0], ['--config', '--workdir', '--help'])} "
+                f"Unknown argument {shown(word)}.{did_you_mean(word.split('=')[0], flags)} "
                 "Settings are written --config.section.key=value."
             )
+        if "=" not in word:
+            raise UserError(f"{shown(word)} has no value. Settings are written --config.section.key=value.")
+    if not known.config:
+        raise UserError("--config is missing. Give a recipe, e.g. --config configs/quickstart.py; or try --help.")
+    config = load_config(known.config)
+    for word in rest:
         path, text = word.removeprefix("--config.").split("=", 1)
         set_value(config, path, literal(text))
     check(config)
     name = Path(known.config.split(":")[0]).stem
     workdir = Path(known.workdir or Path("runs") / name).expanduser().resolve()
-    words = [f"--config={known.config}", f"--workdir={known.workdir}" if known.workdir else "", *rest]
-    return Arguments(config, workdir, " ".join([f"python -m {module}", *filter(None, words)]))
+    return Arguments(config, workdir, shlex.join(["python", "-m", module, *argv]))
 
 
 def literal(text: str) -> Any:
@@ -68,7 +82,7 @@ def literal(text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -76,7 +90,7 @@ def load_config(source: str) -> ConfigDict:
     """A recipe's `get_config()`, or a stored config.json over the defaults.
 
     Raises:
-      MissingInputError: no such file.  UserError: the recipe raised, or has no get_config.
+      MissingInputError: no such file.  UserError: the recipe raised, or has no get_config; or no such key, no JSON.
     """
     name, _, argument = source.partition(":")
     path = Path(name).expanduser()
@@ -87,22 +101,51 @@ def load_config(source: str) -> ConfigDict:
             f"{path.parent}/ has: {', '.join(there) or 'no .py files'}."
         )
     if path.suffix == ".json":
-        config = get_default()
-        for section, values in json.loads(path.read_text()).items():
-            for key, value in values.items():
-                set_value(config, f"{section}.{key}", tuple(value) if isinstance(value, list) else value)
-        return config
+        return _stored_config(path)
+    if path.suffix != ".py":
+        raise UserError(f"{path} is no config file. It takes a .py recipe (see configs/) or a run's config.json.")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config(*([argument] if argument else [])) if get_config else None
     except UserError:
         raise
     except Exception as error:
-        line = next((f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)), None)
-        raise UserError(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}") from None
+        raise UserError(_recipe_error(path, error)) from None
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} has no `get_config()` that returns a ConfigDict. See configs/quickstart.py.")
     return config
+
+
+def _stored_config(path: Path) -> ConfigDict:
+    config = get_default()
+    try:
+        sections = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
+        raise UserError(f"{path} is no config: it takes {{section: {{key: value}}}}, as a run's config.json has it.")
+    for section, values in sections.items():
+        for key, value in values.items():
+            try:
+                set_value(config, f"{section}.{key}", tuple(value) if isinstance(value, list) else value)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def _recipe_error(path: Path, error: Exception) -> str:
+    """What a recipe raised, the innermost line of it, and that line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+    code = f"\n  {frames[-1].line}" if frames else ""
+    inner: Any = error
+    while isinstance(inner, BaseException) and len(inner.args) == 1:
+        inner = inner.args[0]
+    # In ConfigDict's words, without the whole section and in ours where a type is wrong.
+    said = re.sub(r' Other fields present: ".*"(?=\n|$)', "", str(inner))
+    wrong = r"(?s)Could not override field '(\w+)' \(reference\)\. (.*) is of .* cannot be casted to type <class '([\w.]+)'>"
+    said = re.sub(wrong, r"`\1` is \2. It takes a value of type \3.", said)
+    return f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {said[:500]}{code}"
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -5,6 +5,7 @@ A recipe in `configs/` is data: it takes `get_default()`, changes some values an
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,10 @@ CHOICES = {
     "model.quant": (None,),
     "peft.bias": ("none", "all", "lora_only"),
     "data.format": ("messages", "prompt_completion", "text"),
+    "data.streaming": (False,),
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_row": ("error", "skip"),
+    "optim.name": ("adamw", "adafactor", "lion", "sgd"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.remat": ("full", "none"),
     "checkpoint.resume": ("auto", "never"),
@@ -182,7 +185,12 @@ MINIMUM = {
     "data.max_eval_rows": 1,
     "optim.learning_rate": 0,
     "optim.warmup_steps": 0,
+    "optim.end_fraction": 0,
     "optim.weight_decay": 0,
+    "optim.b1": 0,
+    "optim.b2": 0,
+    "optim.eps": 0,
+    "optim.momentum": 0,
     "optim.max_grad_norm": 0,
     "train.steps": 1,
     "train.epochs": 0,
@@ -199,10 +207,42 @@ MINIMUM = {
     "evaluate.batch_size": 1,
 }
 
+# Inclusive upper bounds; of integers what devices count with.
+MAXIMUM = {"optim.end_fraction": 1}
+LARGEST = 2**31 - 1
+# Averages that never forget are no averages.
+BELOW_1 = ("optim.b1", "optim.b2", "optim.momentum")
+
+# Tokens of Hugging Face, GitHub, AWS and Google, and user:password@ in an address.
+SECRETS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20}|gh[pousr]_[A-Za-z0-9]{30}|github_pat_\w{20}|AKIA[0-9A-Z]{16}|ya29\.[\w-]{20})"
+    r"|://[^/\s:@]+:[^/\s@]+@"
+)
+
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """{'model.id': ..., ...}: every leaf by its dotted path (sections are one level deep)."""
     return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def find_secret(where: str, value: Any) -> None:
+    """Refuses what looks like a token or a password, without repeating it.
+
+    Raises:
+      UserError: `where` it is, and where it belongs.
+    """
+    found = SECRETS.search(str(value))
+    if found:
+        raise UserError(
+            f"{where} holds what looks like a secret ({found[0][:4]}…). Settings are written into the run directory, so "
+            "secrets are not taken there. Remove it; set HF_TOKEN in the environment, or log in with `hf auth login`."
+        )
 
 
 def set_value(config: ConfigDict, path: str, value: Any) -> None:
@@ -220,11 +260,14 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
             else f"No config key `{path}`.{did_you_mean(path, known)} Sections: {', '.join(config)}."
         )
     section, key = path.split(".", 1)
+    kind = type(known[path]) if known[path] is not None else config[section].get_type(key)
     try:
+        # To Python, True is a number.
+        if isinstance(value, bool) and kind in (int, float):
+            raise TypeError
         config[section][key] = value
     except TypeError:
-        kind = type(known[path]).__name__ if known[path] is not None else config[section].get_type(key).__name__
-        raise UserError(f"`{path}` is {value!r}. It takes a value of type {kind}.") from None
+        raise UserError(f"`{path}` is {shown(value)}. It takes a value of type {kind.__name__}.") from None
 
 
 def check(config: ConfigDict) -> None:
@@ -233,22 +276,43 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: naming the key, its value and what it may be.
     """
-    known = flatten(config)
+    default = get_default()
+    usual = flatten(default)
+    known = flatten(config) if all(isinstance(values, ConfigDict) for values in config.values()) else {}
+    if known.keys() != usual.keys():
+        differ = ", ".join(sorted(known.keys() ^ usual.keys())[:5])
+        raise UserError(f"The config has other keys than `get_default()` ({differ}, …). Begin with it, and change values.")
     for path, value in known.items():
+        find_secret(f"`{path}`", value)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"`{path}` is {value}. It must be a finite number.")
+    for path in ("model.id", "data.train"):
+        if not known[path]:
+            raise UserError(f"`{path}` is not set. Set it in the config file or with --config.{path}=...")
+    for path in usual:
+        section, key = path.split(".", 1)
+        kind = default[section].get_type(key)
+        # A ConfigDict takes None for anything, and Python True for 1.
+        if (known[path] is None and usual[path] is not None) or (isinstance(known[path], bool) and kind in (int, float)):
+            raise UserError(f"`{path}` is {known[path]}. It takes a value of type {kind.__name__}.")
     for path, choices in CHOICES.items():
         if known[path] not in choices:
             options = ", ".join(map(str, choices))
             raise UserError(
-                f"`{path}` is {known[path]!r}. It can be: {options}.{did_you_mean(known[path], map(str, choices))}"
+                f"`{path}` is {shown(known[path])}. It can be: {options}.{did_you_mean(known[path], map(str, choices))}"
             )
     for path, low in MINIMUM.items():
         if known[path] is not None and known[path] < low:
             raise UserError(f"`{path}` is {known[path]}. The least it can be is {low}.")
-    for path in ("model.id", "data.train"):
-        if not known[path]:
-            raise UserError(f"`{path}` is not set. Set it in the config file or with --config.{path}=...")
+    for path, value in known.items():
+        high = MAXIMUM.get(path, LARGEST if isinstance(value, int) else math.inf)
+        if isinstance(value, (int, float)) and value > high:
+            raise UserError(f"`{path}` is {shown(value)}. The most it can be is {high}.")
+    for path in BELOW_1:
+        if known[path] >= 1:
+            raise UserError(f"`{path}` is {known[path]}. It must be less than 1.")
+    if config.train.steps is None and not config.train.epochs:
+        raise UserError("`train.epochs` is 0.0, and `train.steps` is not set. Set one of them.")
     batch, accumulation = config.train.global_batch_size, config.train.gradient_accumulation_steps
     if batch % accumulation:
         raise UserError(

@@ -38,6 +38,12 @@ class CannotCreateError(UserError):
     exit_code = 73
 
 
+class StorageError(UserError):
+    """The disk is full or refuses to be written (exit code 74)."""
+
+    exit_code = 74
+
+
 class DivergedError(UserError):
     """Loss or weights are no longer finite (exit code 80)."""
 

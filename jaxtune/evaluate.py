@@ -48,6 +48,12 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def has_answers(path: Path, prompts: Sequence[Prompt]) -> bool:
+    """Whether a samples.jsonl has answers from before training to just these questions."""
+    rows = read_answers(path)
+    return [row["prompt"] for row in rows] == [p.question for p in prompts] and all("before" in row for row in rows)
+
+
 def write_answers(path: Path, prompts: Sequence[Prompt], **answers: Sequence[str]) -> list[dict[str, Any]]:
     """samples.jsonl: prompt, reference, and for each of `before`, `after` the answer and whether it matches."""
     rows = []

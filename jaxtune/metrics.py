@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import tensorboard as events
-from jaxtune.rundir import Appender, StorageError, write_atomic
+from jaxtune.errors import StorageError
+from jaxtune.rundir import Appender, write_atomic
 
 
 class MetricsLog:

@@ -1,5 +1,6 @@
 """The optimiser of a config: a schedule, clipping, and one of optax's four."""
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,17 @@ def sgd(rate, c):
 OPTIMISERS = {"adamw": adamw, "adafactor": adafactor, "lion": lion, "sgd": sgd}
 
 
+def relaxed(function: Any) -> Any:
+    """optax multiplies integers with floats and scalars with arrays; our tests forbid both in our own code."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def make_schedule(c: Any, total_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then constant, linear or cosine to `end_fraction` at the last step."""
     steps = max(total_steps - c.warmup_steps, 1)
@@ -41,9 +53,10 @@ def make_schedule(c: Any, total_steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(rate, steps, c.end_fraction),
     }[c.schedule]
     if not c.warmup_steps:
-        return after
+        return relaxed(after)
     # As in transformers: step 0 has rate 0, and the full rate is reached at step `warmup_steps`.
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, c.warmup_steps), after], [c.warmup_steps])
+    warmup = optax.linear_schedule(0.0, rate, c.warmup_steps)
+    return relaxed(optax.join_schedules([warmup, after], [c.warmup_steps]))
 
 
 def make_optimiser(c: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -55,7 +68,8 @@ def make_optimiser(c: Any, schedule: optax.Schedule) -> optax.GradientTransforma
     if c.name not in OPTIMISERS:
         raise UserError(f"`optim.name` is {c.name!r}. It can be: {', '.join(OPTIMISERS)}.{did_you_mean(c.name, OPTIMISERS)}")
     clip = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
-    return optax.chain(*clip, OPTIMISERS[c.name](schedule, c))
+    chain = optax.chain(*clip, OPTIMISERS[c.name](schedule, c))
+    return optax.GradientTransformation(relaxed(chain.init), relaxed(chain.update))
 
 
 def state_shardings(mesh: Mesh, abstract_state: Tree, trainable: dict[str, jax.Array]) -> Tree:

@@ -15,16 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import CannotCreateError, UserError
+from jaxtune.errors import CannotCreateError, StorageError
 
+# The exit code of a run that saved and stopped: the same command goes on.
+STOPPED = 75
 LOCK = "run.lock"
 MANIFEST = "manifest.sha256"
-
-
-class StorageError(UserError):
-    """The disk is full or refuses to be written (exit code 74)."""
-
-    exit_code = 74
 
 
 def now() -> str:
@@ -138,6 +134,49 @@ def update_run(workdir: Path, status: str, **fields: Any) -> None:
     else:
         record = json.loads(path.read_text()) | {"status": status, "ended": now()}
     write_json_atomic(path, record | fields)
+
+
+class RunRecord:
+    """`config.json` and `run.json` of one run.
+
+    Until `start`, those of an earlier run in the directory stand: a command that is refused changes neither.
+
+    Args:
+      command: what to type to go on.
+      quiet: write nothing (every process of a run but the first).
+    """
+
+    def __init__(self, workdir: Path, command: str, quiet: bool = False):
+        self._workdir, self._command, self._quiet = workdir, command, quiet
+        self._started = False
+
+    def start(self, config: dict[str, Any]) -> None:
+        """The run is accepted: it and its config, as plain values, replace what is there.
+
+        Raises:
+          StorageError: as `write_atomic`.
+        """
+        if not self._quiet:
+            write_json_atomic(self._workdir / "config.json", config)
+            update_run(self._workdir, "running", resume_command=self._command)
+            self._started = True
+
+    def end(self, exit_code: int) -> None:
+        """The run came to its end, or (75) stopped where it can go on.
+
+        Raises:
+          StorageError: as `write_atomic`.
+        """
+        if self._started:
+            update_run(self._workdir, "stopped" if exit_code == STOPPED else "finished", exit_code=exit_code)
+
+    def fail(self, error: BaseException) -> None:
+        """The run broke off.  What broke it matters more than that this cannot be written."""
+        if self._started:
+            code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+            said = str(error)[:2000] or type(error).__name__
+            with contextlib.suppress(StorageError):
+                update_run(self._workdir, "failed", exit_code=code, error=said)
 
 
 class Appender:

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 
 
@@ -10,6 +11,7 @@ def stop_requests() -> Iterator[list[int]]:
     """A list that SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a dropped ssh) puts its number in.
 
     JAX saves on SIGTERM only under `jax.distributed`; on one host (Kaggle, Colab, v5e-8) a plain run would just die.
+    Signals that this process was started to ignore (`nohup`, a shell script's `&`) stay ignored.
     """
     caught: list[int] = []
 
@@ -18,7 +20,11 @@ def stop_requests() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    numbers = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    # Python hands signals to the main thread, and only it may ask for them.
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield caught
     finally:

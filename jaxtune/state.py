@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxtune import mesh as meshes
 from jaxtune import optim
@@ -18,10 +18,10 @@ from jaxtune.typing import Tree
 
 @struct.dataclass
 class State:
-    """step: optimiser steps done.  trainable: {path: array}.  opt_state: the optimiser's, by the same paths."""
+    """step: optimiser steps done, int32.  trainable: {path: array}.  opt_state: the optimiser's, by the same paths."""
 
-    step: Int[Array, ""]
-    trainable: dict[str, Array]
+    step: Any
+    trainable: dict[str, Any]
     opt_state: Tree
 
 

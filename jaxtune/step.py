@@ -52,7 +52,7 @@ def train_step(
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "target_tokens": total,
     }

@@ -3,9 +3,10 @@
 The same command goes on where the run stopped, however it was stopped, and ends in the same bits.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,51 @@ from jaxtune.data.splits import read_prompts, read_splits
 from jaxtune.errors import CannotCreateError
 from jaxtune.hf.base import open_base
 from jaxtune.metrics import MetricsLog
+from jaxtune.rundir import STOPPED
 from jaxtune.signals import stop_requests
 from jaxtune.state import identity, make_state, resume, to_save
 from jaxtune.step import eval_step, train_step
 from jaxtune.steplog import StepLog
 from jaxtune.tokenizer import load_tokenizer
 
-STOPPED = 75  # exit code: saved, run the same command again
 SHOWN = 8  # answers in the table
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = cli.parse("jaxtune.train", argv, __doc__ or "")
     workdir = rundir.open_workdir(arguments.workdir)
-    with rundir.run_lock(workdir), Console(workdir / "log.txt", quiet=jax.process_index() > 0) as console:
-        rundir.update_run(workdir, "running", resume_command=arguments.command)
+    first = jax.process_index() == 0  # alone writes to the run directory
+    record = rundir.RunRecord(workdir, arguments.command, quiet=not first)
+    with (
+        rundir.run_lock(workdir) if first else contextlib.nullcontext(),
+        Console(workdir / "log.txt", quiet=not first) as console,
+        stop_requests() as stop,
+    ):
         try:
-            rundir.write_json_atomic(workdir / "config.json", config.to_json(arguments.config))
-            with stop_requests() as stop:
-                code = train(arguments.config, workdir, console, stop)
+            code = train(arguments.config, workdir, console, stop, record.start)
         except BaseException as error:
-            rundir.update_run(workdir, "failed", exit_code=getattr(error, "exit_code", 1), error=str(error))
+            console.record(f"error: {error or type(error).__name__}")
+            record.fail(error)
             raise
-        rundir.update_run(workdir, "stopped" if code == STOPPED else "finished", exit_code=code)
+        record.end(code)
         if code == STOPPED:
             console.say(f"Stopped and saved. To go on:\n  {arguments.command}")
         return code
 
 
-def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> int:
-    """The run, from a checked config to an exported adapter; returns the exit code."""
+def train(
+    c: Any,
+    workdir: Path,
+    console: Console,
+    stop: Sequence[int] = (),
+    accepted: Callable[[dict[str, Any]], None] = lambda config: None,
+) -> int:
+    """The run, from a checked config to an exported adapter; returns the exit code.
+
+    Args:
+      stop: no longer empty when the run is to stop.
+      accepted: called with the plain config once nothing of the command is left to refuse.
+    """
     plain = config.to_json(c)
     adapt.read_method(plain["peft"])  # refuses what it cannot mean before anything is read
 
@@ -66,6 +82,7 @@ def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> 
     eval_size = c.evaluate.batch_size or size // turns
     meshes.check_batch(mesh, size // turns, "`train.global_batch_size` / `train.gradient_accumulation_steps`")
     meshes.check_batch(mesh, eval_size, "`evaluate.batch_size`")
+    adapt.check_targets(plain["peft"], base)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def put(batch: Batch, turns: int | None = None) -> dict[str, jax.Array]:
@@ -91,20 +108,21 @@ def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> 
             held_back = eval_batches(held, eval_size, length, **share)
             return evaluate.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), held_back)
 
-        def answers() -> list[str]:
+        def answers(trainable: dict[str, jax.Array]) -> list[str]:
             how = {"max_new_tokens": c.evaluate.max_new_tokens, "shards": meshes.batch_shards(mesh)}
-            return evaluate.answer(base.model, adapted.variables(state.trainable), tokenizer, prompts, **how)
+            return evaluate.answer(base.model, adapted.variables(trainable), tokenizer, prompts, **how)
 
         # ------------------------------------------------------------ Resume
-        same = identity(plain, total, base=base.fingerprint(), rows=rows.fingerprint)
+        same = identity(plain, total, base=base.fingerprint(), rows=f"{len(rows)} rows, sha256 {rows.fingerprint}")
         keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n}
         with Checkpoints(workdir / "checkpoints", **keep, identity=same, say=console.say) as checkpoints:
             state, cursor = resume(checkpoints, state)
             start = n = int(state.step)
             if start and c.checkpoint.resume == "never":
                 raise CannotCreateError(f"{workdir} has checkpoints and `checkpoint.resume` is never. Give a new --workdir.")
+            accepted(plain)
             with (
-                MetricsLog(workdir, start, c.logging.tensorboard, console.say) as log,
+                MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=jax.process_index() > 0) as log,
                 Progress(console, total=total, start=start, log_every=c.train.log_every) as progress,
             ):
                 steps = StepLog(log, progress)
@@ -115,8 +133,11 @@ def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> 
                 else:
                     if held:
                         steps.evaluation(0, eval_loss())
-                    if prompts:
-                        evaluate.write_answers(workdir / "samples.jsonl", prompts, before=answers())
+                if prompts and not (start and evaluate.has_answers(workdir / "samples.jsonl", prompts)):
+                    before = answers(adapted.trainable)
+                    evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before)
+                if stop:
+                    return STOPPED
 
                 # ---------------------------------------------------- Loop
                 order = {"batch_size": size, "seed": c.train.seed, "shuffle": c.data.shuffle, "length": length}
@@ -142,7 +163,7 @@ def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> 
         scores = {"eval_loss": eval_loss()} if held else {}
         if prompts:
             before = [row["before"] for row in evaluate.read_answers(workdir / "samples.jsonl")]
-            table = evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before, after=answers())
+            table = evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before, after=answers(state.trainable))
             console.say_answers(table[:SHOWN])
             for when in ("before", "after"):
                 scores[f"exact_match_{when}"] = evaluate.exact_match(table, when)
@@ -150,7 +171,8 @@ def train(c: Any, workdir: Path, console: Console, stop: Sequence[int] = ()) -> 
                 f"exact match on {len(table)} rows: {scores['exact_match_before']:.1%} before, "
                 f"{scores['exact_match_after']:.1%} after"
             )
-        rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
+        if jax.process_index() == 0:
+            rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
         where = adapt.export(workdir, c.export.base_model_name_or_path or c.model.id, base, adapted, state.trainable)
         console.say(adapt.how_to_load(where, base, adapted))
     return 0

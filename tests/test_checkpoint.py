@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import checkpoint, rundir
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.errors import CannotCreateError, DivergedError, NoCheckpointError, UserError
+from jaxtune.errors import CannotCreateError, DivergedError, NoCheckpointError, StorageError, UserError
 
 IDENTITY = {"model": "abc", "train.seed": "0", "peft.r": "8"}
 
@@ -402,7 +402,7 @@ def test_a_full_disk_surfaces_at_the_next_save_and_harms_nothing(tmp_path, caplo
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
             checkpoints.save(2, {"trainable": {"w": noise}, "opt_state": {}}, rows=16)
-            with pytest.raises(rundir.StorageError) as caught:
+            with pytest.raises(StorageError) as caught:
                 checkpoints.save(3, make_state(3), rows=24)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -439,7 +439,7 @@ def test_the_error_that_ends_a_run_is_not_hidden_by_a_failed_save(tmp_path, monk
         checkpoints.save(1, make_state(1), rows=8)
         raise KeyError("the run's own")
     assert len(lines) == 1 and "No space left" in lines[0]
-    with pytest.raises(rundir.StorageError, match="No earlier checkpoint"), opened(tmp_path) as checkpoints:
+    with pytest.raises(StorageError, match="No earlier checkpoint"), opened(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), rows=8)
 
 
@@ -501,7 +501,7 @@ def test_write_atomic_keeps_the_old_file_when_the_disk_is_full(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        with pytest.raises(rundir.StorageError) as caught:
+        with pytest.raises(StorageError) as caught:
             rundir.write_json_atomic(path, "x" * 9999)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

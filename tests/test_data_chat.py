@@ -161,6 +161,7 @@ def test_nothing_escapes_the_sandbox(template):
         "{% for i in range(10**9) %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% set x = range(99999) | list %}{% endfor %}",
+        "{% set r = range(99999) | list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% for i in range(9) %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(1) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for i in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",

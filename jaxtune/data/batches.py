@@ -14,12 +14,12 @@ from jaxtyping import Bool, Int, Int64, Shaped
 
 from jaxtune.data.examples import Example
 from jaxtune.data.load import Dataset
-from jaxtune.errors import UserError
+from jaxtune.errors import DataError, UserError
 
 # tokens, targets, positions, segment_ids: int32 [B, T]; weights: float32 [B, T].
 Batch = dict[str, Shaped[np.ndarray, "B T"]]
-# (tokens, mask) of one row.
-Pair = tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]
+# (tokens, mask) of one row; rows differ in length.
+Pair = tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]]
 
 
 @functools.lru_cache(maxsize=4)
@@ -97,7 +97,7 @@ def stream_batches(
     """`batches` over rows in the order they arrive.  `open_examples` is called once an epoch, and resuming at
     `start_row` reads and skips that many examples."""
     part = _part(batch_size, process_index, process_count)
-    stream = islice((example for _ in iter(int, 1) for example in open_examples()), start_row, stop_row)
+    stream = islice(_epochs(open_examples), start_row, stop_row)
     while taken := list(islice(stream, batch_size)):
         start_row += len(taken)
         pairs = [(example.tokens, example.mask) for example in taken[part]]
@@ -144,6 +144,15 @@ def collate(rows: Sequence[Pair], batch_size: int, length: int) -> Batch:
         batch["positions"][i, :n] = np.arange(n)
         batch["segment_ids"][i, :n] = 1
     return batch
+
+
+def _epochs(open_examples: Callable[[], Iterator[Example]]) -> Iterator[Example]:
+    while True:
+        example = None
+        for example in open_examples():
+            yield example
+        if example is None:
+            raise DataError("The stream has no rows. Each epoch must be opened anew.")
 
 
 def _part(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -27,6 +27,7 @@ from jaxtune.errors import DataError, UserError
 Message = dict[str, str]
 
 MAX_TEMPLATE_CHARS = 128 * 1024
+# What a template may write beyond the conversation itself, which may be long.
 MAX_OUTPUT_CHARS = 1024 * 1024
 MAX_SECONDS = 1.0
 MAX_NUMBER = 10_000
@@ -79,7 +80,8 @@ def render(
       UserError: the template itself is at fault (syntax, forbidden access, too slow, too much output).
     """
     pieces, size = [], 0
-    _clock.deadline = time.thread_time() + MAX_SECONDS
+    _limits.deadline = time.thread_time() + MAX_SECONDS
+    _limits.output = MAX_OUTPUT_CHARS + 4 * sum(len(message["content"]) for message in messages)
     try:
         for piece in _compile(template).generate(
             messages=[dict(message) for message in messages],
@@ -137,18 +139,19 @@ class _RefusedError(Exception):
     """What a template's own `raise_exception` raises."""
 
 
-_clock = threading.local()
+# Of the render that this thread is in: `deadline` in CPU seconds, `output` in characters.
+_limits = threading.local()
 
 
 def _tick() -> None:
     # CPU time of this thread, so that a busy machine does not make a good template too slow.
-    if time.thread_time() > _clock.deadline:
+    if time.thread_time() > _limits.deadline:
         raise SecurityError(f"it took more than {MAX_SECONDS:g} s.")
 
 
 def _within(size: int) -> int:
-    if size > MAX_OUTPUT_CHARS:
-        raise SecurityError(f"its output is longer than {MAX_OUTPUT_CHARS} characters.")
+    if size > _limits.output:
+        raise SecurityError(f"it writes more than {_limits.output} characters.")
     return size
 
 
