@@ -25,7 +25,7 @@ from jaxtune.typing import Tree
 
 
 class Adapted(NamedTuple):
-    """structure: the variables' tree, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None for `full`."""
+    """structure: the variables' tree, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None if `full`."""
 
     structure: Tree
     trainable: dict[str, jax.Array]
@@ -78,7 +78,9 @@ def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: 
     params = load_base(base, mesh, lambda path: jnp.float32 if method is None else jnp.dtype(dtype))
     if method is None:
         if section["init_from"]:
-            raise UserError("`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`.")
+            raise UserError(
+                "`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`."
+            )
         variables = {"params": params}
         leaves = tree.flatten(variables)
         return Adapted(jax.tree.map(lambda _: 0, variables), leaves, {}, None)
@@ -143,7 +145,7 @@ def how_to_load(where: Path, base: Base, adapted: Adapted) -> str:
     if adapted.peft is None:
         return (
             f"The model is in {where}. To load it:\n"
-            f"  from transformers import AutoModelForCausalLM\n  model = AutoModelForCausalLM.from_pretrained({str(where)!r})"
+            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r})"
         )
     return (
         f"The PEFT adapter is in {where}. To load it:\n"

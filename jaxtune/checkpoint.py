@@ -162,6 +162,9 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            # Threads of Orbax may have gone on writing a save that had failed.
+            for left in self._tmp.glob("*") if self._primary else ():
+                shutil.rmtree(left, ignore_errors=True)
 
     def restore(self, abstract_state: dict[str, Tree]) -> Restored | None:
         """The newest step that verifies, or None where there is no step.  Damaged newer ones move to `quarantine/`.
@@ -173,7 +176,7 @@ class Checkpoints:
         Raises:
           NoCheckpointError: there are steps and none verifies; they stay where they are.
           UserError: the step belongs to another configuration, or its leaves are not those asked for.
-      DataError: it belongs to other data, all else being equal.
+          DataError: it belongs to other data, all else being equal.
         """
         step = self._choose_together()
         if step is None:

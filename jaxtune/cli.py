@@ -1,4 +1,4 @@
-"""Command lines: `--config FILE --workdir DIR --config.section.key=value`, and errors as one screen with an exit code."""
+"""Command lines: `--config FILE --workdir DIR --config.section.key=value`; errors as one screen with an exit code."""
 
 import argparse
 import ast
@@ -143,7 +143,7 @@ def _recipe_error(path: Path, error: Exception) -> str:
         inner = inner.args[0]
     # In ConfigDict's words, without the whole section and in ours where a type is wrong.
     said = re.sub(r' Other fields present: ".*"(?=\n|$)', "", str(inner))
-    wrong = r"(?s)Could not override field '(\w+)' \(reference\)\. (.*) is of .* cannot be casted to type <class '([\w.]+)'>"
+    wrong = r"Could not override field '(\w+)' \(reference\)\. ((?s:.*)) is of .* to type <class '([\w.]+)'>"
     said = re.sub(wrong, r"`\1` is \2. It takes a value of type \3.", said)
     return f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {said[:500]}{code}"
 
@@ -165,7 +165,8 @@ def run_command() -> None:
     """The `jaxtune` script: `jaxtune train …` is `python -m jaxtune.train …`."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        print(f"usage: jaxtune COMMAND …   Commands: {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        known = ", ".join(COMMANDS)
+        print(f"usage: jaxtune COMMAND …   Commands: {known}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
         sys.exit(0 if name in ("-h", "--help") else 64)
     sys.argv[0:2] = [f"jaxtune {name}"]
     run(importlib.import_module(f"jaxtune.{name}").main)

@@ -22,7 +22,7 @@ def optional(kind: type) -> Any:
     return config_dict.placeholder(kind)
 
 
-def get_default() -> ConfigDict:
+def get_default() -> Any:
     """The locked defaults; a misspelt key raises where it is written."""
     c = ConfigDict()
 
@@ -84,7 +84,7 @@ def get_default() -> ConfigDict:
     # text: a template over named columns; loss is on everything.
     c.data.text = "{text}"
     # messages: None is the checkpoint's own template; gemma | chatml | llama2 by name.
-    # prompt_completion: None is plain text; a name, or "tokenizer" for the checkpoint's, makes it one user/assistant pair.
+    # prompt_completion: None is plain text; a name, or "tokenizer" for the checkpoint's, is one user/assistant pair.
     c.data.chat_template = optional(str)
     # Tokens a row may have, BOS and end-of-turn included.
     c.data.max_length = 1024
@@ -169,7 +169,6 @@ CHOICES = {
     "model.quant": (None,),
     "peft.bias": ("none", "all", "lora_only"),
     "data.format": ("messages", "prompt_completion", "text"),
-    "data.streaming": (False,),
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_row": ("error", "skip"),
     "optim.name": ("adamw", "adafactor", "lion", "sgd"),
@@ -220,7 +219,7 @@ SECRETS = re.compile(
 )
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: Any) -> dict[str, Any]:
     """{'model.id': ..., ...}: every leaf by its dotted path (sections are one level deep)."""
     return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
@@ -240,12 +239,12 @@ def find_secret(where: str, value: Any) -> None:
     found = SECRETS.search(str(value))
     if found:
         raise UserError(
-            f"{where} holds what looks like a secret ({found[0][:4]}…). Settings are written into the run directory, so "
-            "secrets are not taken there. Remove it; set HF_TOKEN in the environment, or log in with `hf auth login`."
+            f"{where} holds what looks like a secret ({found[0][:4]}…), and settings are written to the run directory."
+            " Remove it; set HF_TOKEN in the environment, or log in with `hf auth login`."
         )
 
 
-def set_value(config: ConfigDict, path: str, value: Any) -> None:
+def set_value(config: Any, path: str, value: Any) -> None:
     """Sets one leaf by its dotted path, as `--config.data.max_length=512` does.
 
     Raises:
@@ -270,18 +269,18 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
         raise UserError(f"`{path}` is {shown(value)}. It takes a value of type {kind.__name__}.") from None
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Any) -> None:
     """Refuses values outside their range before anything is loaded.
 
     Raises:
       UserError: naming the key, its value and what it may be.
     """
-    default = get_default()
+    default: Any = get_default()
     usual = flatten(default)
     known = flatten(config) if all(isinstance(values, ConfigDict) for values in config.values()) else {}
     if known.keys() != usual.keys():
         differ = ", ".join(sorted(known.keys() ^ usual.keys())[:5])
-        raise UserError(f"The config has other keys than `get_default()` ({differ}, …). Begin with it, and change values.")
+        raise UserError(f"The config has not the keys of `get_default()`: {differ}, … Begin with it, change values.")
     for path, value in known.items():
         find_secret(f"`{path}`", value)
         if isinstance(value, float) and not math.isfinite(value):
@@ -293,7 +292,8 @@ def check(config: ConfigDict) -> None:
         section, key = path.split(".", 1)
         kind = default[section].get_type(key)
         # A ConfigDict takes None for anything, and Python True for 1.
-        if (known[path] is None and usual[path] is not None) or (isinstance(known[path], bool) and kind in (int, float)):
+        unset = known[path] is None and usual[path] is not None
+        if unset or (isinstance(known[path], bool) and kind in (int, float)):
             raise UserError(f"`{path}` is {known[path]}. It takes a value of type {kind.__name__}.")
     for path, choices in CHOICES.items():
         if known[path] not in choices:

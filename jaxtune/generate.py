@@ -112,7 +112,9 @@ def generate(
     if not prompts:
         return []
     if any(len(p) == 0 for p in prompts):
-        raise UserError(f"Prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty; a model needs one token.")
+        raise UserError(
+            f"Prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty; a model needs one token."
+        )
     size = batch_size or len(prompts)
     length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     answers: list[list[int]] = []

@@ -1,7 +1,7 @@
 """The layers every model is built of, and the doorways at which adapters are read.
 
-A layer knows no method.  It looks up its own adapter by name in the collection `adapters` and, where one is there, hands
-it what it has: `Linear` calls `adapter.linear(x, y, w, rng)`, every other parameter `adapter.weight(w)`.
+A layer knows no method.  It looks up its own adapter by name in the collection `adapters` and, where one is there,
+hands it what it has: `Linear` calls `adapter.linear(x, y, w, rng)`, every other parameter `adapter.weight(w)`.
 
 Shapes: N rows of a flattened batch (B*T), I and O the sides of a kernel, D width, V vocabulary.
 """
@@ -22,8 +22,8 @@ from jaxtune.typing import Tree
 def matmul(x: Float[Array, "N I"], w: Float[Array, "I O"]) -> Float[Array, "N O"]:
     """x @ w at the speed of x's dtype, accumulated in float32; the result is float32, w's gradient has w's dtype.
 
-    The cotangent is rounded to x's dtype before the two products of the backward pass: left to itself, JAX would multiply
-    a float32 cotangent with a bfloat16 weight, which runs at float32 speed.
+    The cotangent is rounded to x's dtype before the two products of the backward pass: left to itself, JAX would
+    multiply a float32 cotangent with a bfloat16 weight, which runs at float32 speed.
     """
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
@@ -146,5 +146,5 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def abstract_params(module: nn.Module, *args: Any) -> Tree:
-    """Shapes and logical axes of `module`'s parameters: `LogicallyPartitioned` boxes of ShapeDtypeStructs, no memory."""
+    """Shapes and logical axes of the parameters: `LogicallyPartitioned` boxes of ShapeDtypeStructs, no memory."""
     return jax.eval_shape(module.init, jax.random.key(0), *args)["params"]

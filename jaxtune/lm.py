@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
 from jaxtune import tree
+from jaxtune.data.chat import render_folded
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, save_adapter
 from jaxtune.hf.base import Base, load_base, open_base
@@ -55,13 +56,17 @@ class LanguageModel:
           float32 [B, T, V].
         """
         if labels is not None or task_id is not None:
-            raise UserError("`labels` is for encoder-decoders and `task_id` for multitask prompts; this model is neither.")
+            raise UserError(
+                "`labels` is for encoder-decoders and `task_id` for multitask prompts; this model is neither."
+            )
         tokens = np.asarray(input_ids, np.int32)
         if tokens.ndim != 2:
             raise UserError(f"input_ids has shape {tokens.shape}; it must be [B, T].")
         vocabulary = self.base.model.config.vocab_size
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
-            raise UserError(f"input_ids holds ids from {tokens.min()} to {tokens.max()}; the vocabulary has {vocabulary}.")
+            raise UserError(
+                f"input_ids holds ids from {tokens.min()} to {tokens.max()}; the vocabulary has {vocabulary}."
+            )
         segments = np.ones_like(tokens) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
         if segments.shape != tokens.shape:
             raise UserError(f"attention_mask has shape {segments.shape}; it must be input_ids' {tokens.shape}.")
@@ -78,11 +83,11 @@ class LanguageModel:
         seed: int = 0,
     ) -> list[str]:
         """Answers to a list of texts, or of chats (lists of {role, content}), without the prompt and special tokens."""
-        from jaxtune.generate import Sampling, encode_prompts, generate
+        from jaxtune.generate import Sampling, generate
 
         if self.tokenizer is None:
             raise MissingInputError(f"{self.base.directory} has no tokenizer (tokenizer.json or tokenizer.model).")
-        ids = encode_prompts(self.tokenizer, prompts)
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         sampling = Sampling(temperature, top_k, top_p)
         with jax.set_mesh(self.mesh):
             out = generate(
@@ -109,6 +114,21 @@ class LanguageModel:
             self.peft.base or self.base.id,
             text_prefix=self.base.text_prefix,
         )
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a text (BOS before it) or of a chat, ready for the model's answer.
+
+    Raises:
+      UserError: a chat, and the tokenizer has no template; or a chat that the template refuses.
+    """
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(prompt)
+    if tokenizer.chat_template is None:
+        raise UserError("This checkpoint's tokenizer has no chat template. Give the prompts as texts.")
+    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    text, _ = render_folded(tokenizer.chat_template, prompt, add_generation_prompt=True, **special)
+    return tokenizer.encode(text)
 
 
 def load(

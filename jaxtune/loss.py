@@ -30,7 +30,7 @@ def cross_entropy(
     The gradient is computed in the forward pass, chunk by chunk, so that logits are formed once and never kept.  Where
     the table is frozen its gradient is dead code and XLA drops it.
     """
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     size = min(T, max(1, CHUNK_TOKENS // B))
     padding = -T % size
 

@@ -73,7 +73,7 @@ def check_batch(mesh: Mesh, rows: int, what: str) -> None:
 
 
 def spec(mesh: Any, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """Where an array with these logical axes goes.  A mesh axis is used once, and only where it divides the dimension."""
+    """Where an array with these logical axes goes.  A mesh axis is used once, and only where it divides."""
     rules, used, out = dict(RULES), set(), []
     for axis, size in zip(axes, shape, strict=True):
         target = rules[axis] if axis is not None else None

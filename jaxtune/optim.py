@@ -66,7 +66,9 @@ def make_optimiser(c: Any, schedule: optax.Schedule) -> optax.GradientTransforma
       UserError: an optimiser that does not exist.
     """
     if c.name not in OPTIMISERS:
-        raise UserError(f"`optim.name` is {c.name!r}. It can be: {', '.join(OPTIMISERS)}.{did_you_mean(c.name, OPTIMISERS)}")
+        raise UserError(
+            f"`optim.name` is {c.name!r}. It can be: {', '.join(OPTIMISERS)}.{did_you_mean(c.name, OPTIMISERS)}"
+        )
     clip = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
     chain = optax.chain(*clip, OPTIMISERS[c.name](schedule, c))
     return optax.GradientTransformation(relaxed(chain.init), relaxed(chain.update))
@@ -80,7 +82,8 @@ def state_shardings(mesh: Mesh, abstract_state: Tree, trainable: dict[str, jax.A
 
     def one(keys: Any, leaf: Any) -> Any:
         owner = next((w for path, w in trainable.items() if tree.path_of(keys).endswith(path)), None)
-        same = owner is not None and owner.shape == leaf.shape
-        return owner.sharding if same else meshes.replicated(mesh)
+        if owner is not None and owner.shape == leaf.shape:
+            return owner.sharding
+        return meshes.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, abstract_state)

@@ -31,8 +31,9 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
     """One update from a global batch of A micro-batches, [A, B, T].
 
-    Each micro-batch's summed loss is divided by the target tokens of the whole global batch, so that A micro-batches give
-    the gradient of one large batch whatever their lengths.  Dropout's keys are a function of (seed, step, micro-batch).
+    Each micro-batch's summed loss is divided by the target tokens of the whole global batch, so that A micro-batches
+    give the gradient of one large batch whatever their lengths.  Dropout's keys are a function of (seed, step,
+    micro-batch).
     """
     total = jnp.sum(batch["weights"])
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -49,7 +50,7 @@ def train_step(
     (loss, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(batch["weights"].shape[0])))
 
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),

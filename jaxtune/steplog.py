@@ -35,7 +35,7 @@ class StepLog:
         values = {name: float(value) for name, value in metrics.items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        self._log.write(step, values | counts | {"seconds": seconds})
+        self._log.write(step, {**values, **counts, "seconds": seconds})
         if not math.isfinite(values["loss"]):
             raise DivergedError(
                 f"The loss of step {step} is {values['loss']}. Earlier checkpoints are intact. "

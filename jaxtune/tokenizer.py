@@ -15,7 +15,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from jaxtune.data import spm
+from jaxtune import spm
 from jaxtune.data.chat import MAX_TEMPLATE_CHARS, TEMPLATES, render
 from jaxtune.errors import MissingInputError, UserError
 

@@ -16,8 +16,8 @@ from jaxtune import adapt, cli, config, evaluate, optim, rundir, tree
 from jaxtune import mesh as meshes
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.console import Console, Progress
-from jaxtune.data.batches import Batch, batches, eval_batches
-from jaxtune.data.splits import read_prompts, read_splits
+from jaxtune.data.batches import Batch, eval_batches
+from jaxtune.data.splits import fingerprint, read_prompts, read_splits, rows_to_train, train_batches
 from jaxtune.errors import CannotCreateError
 from jaxtune.hf.base import open_base
 from jaxtune.metrics import MetricsLog
@@ -75,7 +75,8 @@ def train(
     rows, held, length = read_splits(c.data, tokenizer, console.say)
     prompts = read_prompts(c.data, tokenizer, c.evaluate.samples)
     size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
-    total = c.train.steps or max(1, math.ceil(c.train.epochs * len(rows) / size))
+    end = rows_to_train(c.train, rows)
+    total = math.ceil(end / size)
 
     # ---------------------------------------------------------------- Devices
     mesh = meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
@@ -93,7 +94,9 @@ def train(
 
     with jax.set_mesh(mesh):
         # ------------------------------------------------------------ Model, adapters, optimiser
-        console.say(f"model: {c.model.id}, {tree.count(base.abstract):,} parameters, on {mesh.size} {jax.default_backend()}")
+        console.say(
+            f"model: {c.model.id}, {tree.count(base.abstract):,} parameters, on {mesh.size} {jax.default_backend()}"
+        )
         adapted = adapt.adapt(plain["peft"], base, mesh, dtype=c.model.dtype, seed=c.train.seed)
         console.say(f"{c.peft.method}: {tree.count(adapted.trainable):,} parameters train")
         schedule = optim.make_schedule(c.optim, total)
@@ -105,21 +108,23 @@ def train(
         score = jax.jit(functools.partial(eval_step, **parts))
 
         def eval_loss() -> float:
-            held_back = eval_batches(held, eval_size, length, **share)
-            return evaluate.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), held_back)
+            batches = eval_batches(held, eval_size, length, **share) if held else []
+            return evaluate.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), batches)
 
         def answers(trainable: dict[str, jax.Array]) -> list[str]:
             how = {"max_new_tokens": c.evaluate.max_new_tokens, "shards": meshes.batch_shards(mesh)}
             return evaluate.answer(base.model, adapted.variables(trainable), tokenizer, prompts, **how)
 
         # ------------------------------------------------------------ Resume
-        same = identity(plain, total, base=base.fingerprint(), rows=f"{len(rows)} rows, sha256 {rows.fingerprint}")
+        same = identity(plain, total, base=base.fingerprint(), rows=fingerprint(rows))
         keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n}
         with Checkpoints(workdir / "checkpoints", **keep, identity=same, say=console.say) as checkpoints:
             state, cursor = resume(checkpoints, state)
             start = n = int(state.step)
             if start and c.checkpoint.resume == "never":
-                raise CannotCreateError(f"{workdir} has checkpoints and `checkpoint.resume` is never. Give a new --workdir.")
+                raise CannotCreateError(
+                    f"{workdir} has checkpoints and `checkpoint.resume` is never. Give a new --workdir."
+                )
             accepted(plain)
             with (
                 MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=jax.process_index() > 0) as log,
@@ -140,10 +145,11 @@ def train(
                     return STOPPED
 
                 # ---------------------------------------------------- Loop
-                order = {"batch_size": size, "seed": c.train.seed, "shuffle": c.data.shuffle, "length": length}
-                end = min(total * size, math.ceil(c.train.epochs * len(rows))) if c.train.steps is None else total * size
+                order: dict[str, Any] = {"batch_size": size, "seed": c.train.seed, "shuffle": c.data.shuffle, **share}
+                scores: dict[str, float] = {}
                 steps.restart_clock()
-                for batch, cursor in batches(rows, **order, start_row=cursor, stop_row=end, **share):
+                coming = train_batches(rows, **order, start_row=cursor, stop_row=end, length=length)
+                for batch, cursor in coming:
                     n += 1
                     state, metrics = step(state, frozen, put(batch, turns))
                     steps.add(n, metrics, tokens=int(batch["segment_ids"].sum()), rows=cursor)
@@ -160,10 +166,13 @@ def train(
             checkpoints.wait()
 
         # ------------------------------------------------------------ After the last
-        scores = {"eval_loss": eval_loss()} if held else {}
+        if held and not scores:  # the run had ended before, and this command only completes it
+            scores = {"eval_loss": eval_loss()}
         if prompts:
             before = [row["before"] for row in evaluate.read_answers(workdir / "samples.jsonl")]
-            table = evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before, after=answers(state.trainable))
+            table = evaluate.write_answers(
+                workdir / "samples.jsonl", prompts, before=before, after=answers(state.trainable)
+            )
             console.say_answers(table[:SHOWN])
             for when in ("before", "after"):
                 scores[f"exact_match_{when}"] = evaluate.exact_match(table, when)

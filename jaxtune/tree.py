@@ -55,7 +55,8 @@ def select(paths: Iterable[str], pattern: str, asked_by: str) -> list[str]:
     chosen = [p for p in paths if re.fullmatch(pattern, p)]
     if not chosen:
         raise UserError(
-            f"`{asked_by}` is {pattern!r} and matches nothing.{did_you_mean(pattern, paths)}\nThere is: {', '.join(paths)}."
+            f"`{asked_by}` is {pattern!r} and matches nothing.{did_you_mean(pattern, paths)}\n"
+            f"There is: {', '.join(paths)}."
         )
     return chosen
 

@@ -20,7 +20,7 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared():
-    """Real rows, tokenizers and goldens kept beside the project; tests that need them are skipped where they are absent."""
+    """Real rows, tokenizers and goldens kept beside the project; tests that need them skip where they are absent."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED

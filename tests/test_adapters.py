@@ -41,12 +41,21 @@ CASES = {
             "alpha_pattern": {"down_proj": 31, "layers.0.self_attn.q_proj": 2.5},
         },
     ),
-    "exclude": ("gemma2", {"r": 2, "target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.2.mlp.gate_proj"]}),
+    "exclude": (
+        "gemma2",
+        {"r": 2, "target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.2.mlp.gate_proj"]},
+    ),
     "bias": ("gemma2", {"r": 2, "bias": "all", "target_modules": ["v_proj"]}),
-    "save_norms": ("gemma3", {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["input_layernorm", "q_norm"]}),
+    "save_norms": (
+        "gemma3",
+        {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["input_layernorm", "q_norm"]},
+    ),
     "save_linear": ("gemma2", {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["o_proj"]}),
     "save_block": ("gemma2", {"r": 2, "target_modules": "all-linear", "modules_to_save": ["mlp"]}),
-    "save_untied": ("gemma2_untied", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "save_untied": (
+        "gemma2_untied",
+        {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
     "save_embedding_of_tied": ("gemma2", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "save_head_of_tied": ("gemma2", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
 }
@@ -84,7 +93,10 @@ def test_import_and_export_equal_peft(adapted, tmp_path, case):
     reference.close(lm.logits(ids, mask), expected)
 
     lm.save_adapter(tmp_path / "out")
-    ours, theirs = load_file(tmp_path / "out" / "adapter_model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    ours, theirs = (
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
@@ -112,8 +124,20 @@ def test_multimodal_names(checkpoint, tmp_path):
 def test_initial_distributions():
     """A and B as peft draws them: bounds, variance, zeros; reproducible, and different for every site and layer."""
     sites = [
-        lora.Site("layers/attn/q/kernel", tuple(f"layers.{i}.q_proj" for i in range(3)), (3, 64, 96), ("layers", "embed", "heads"), "linear"),
-        lora.Site("layers/attn/v/kernel", tuple(f"layers.{i}.v_proj" for i in range(3)), (3, 64, 96), ("layers", "embed", "heads"), "linear"),
+        lora.Site(
+            "layers/attn/q/kernel",
+            tuple(f"layers.{i}.q_proj" for i in range(3)),
+            (3, 64, 96),
+            ("layers", "embed", "heads"),
+            "linear",
+        ),
+        lora.Site(
+            "layers/attn/v/kernel",
+            tuple(f"layers.{i}.v_proj" for i in range(3)),
+            (3, 64, 96),
+            ("layers", "embed", "heads"),
+            "linear",
+        ),
     ]
 
     def draw(**keys):

@@ -41,7 +41,9 @@ def test_sharded_checkpoint(checkpoint, tmp_path):
     reference.save(model, tmp_path / "sharded", max_shard_size="60KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
     ids, mask = reference.batch()
-    np.testing.assert_array_equal(jaxtune.load(tmp_path / "sharded").logits(ids, mask), jaxtune.load(directory).logits(ids, mask))
+    np.testing.assert_array_equal(
+        jaxtune.load(tmp_path / "sharded").logits(ids, mask), jaxtune.load(directory).logits(ids, mask)
+    )
 
 
 def test_multimodal_checkpoint_of_older_transformers(checkpoint, tmp_path):
@@ -62,7 +64,7 @@ def test_multimodal_checkpoint_of_older_transformers(checkpoint, tmp_path):
 
 
 def test_old_config_keys(checkpoint, tmp_path):
-    """rope_theta, rope_local_base_freq, rope_scaling and sliding_window_pattern, as the first Gemma 3 configs had them."""
+    """rope_theta, rope_local_base_freq, rope_scaling, sliding_window_pattern, as the first Gemma 3 configs had them."""
     model, directory = checkpoint("gemma3")
     shutil.copytree(directory, tmp_path / "old")
     config = json.loads((directory / "config.json").read_text())
@@ -162,7 +164,7 @@ class TestRefusals:
 
     def test_index_that_leaves_the_directory(self, copy):
         (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../etc/x.safetensors"}}))
-        with pytest.raises(UserError, match="only .safetensors files beside it"):
+        with pytest.raises(UserError, match=r"only \.safetensors files beside it"):
             jaxtune.load(copy)
 
     def test_pickles(self, copy):

@@ -1,13 +1,17 @@
 """The same command, started again however it ended, ends in the same bits, with every step logged once.
 
 The runs are real ones (`python -m jaxtune.train`).  Two chains of them are interrupted in one way after the other and
-then left to finish: one by kill -9, one by signals.  A third, never interrupted, says what both must come to.
+then left to finish: one by kill -9, one by signals and a full disk.  A third, never interrupted, says what both must
+come to.
 """
 
 import json
 import random
+import re
+import resource
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +26,21 @@ import tiny_run
 from tiny_run import STEPS, Place, metrics
 
 from jaxtune import rundir, train
-from jaxtune.errors import CannotCreateError, DataError, UserError
+from jaxtune.errors import CannotCreateError, DataError, StorageError, UserError
+from jaxtune.signals import stop_requests
 
 PATIENCE = 240  # seconds until a run that does not come to its point is given up
+TOKEN = "hf_" + "cAnArY" * 6
+RESUMED = re.compile("^resumed at step ([0-9]+) of", re.MULTILINE)
 
 
 class Link(NamedTuple):
-    """One start of the command: left alone, or sent `signals` when `when` is so; after `delay` more seconds."""
+    """One start of the command: left alone, or `done` to when `when` of its directory and of what this start has said
+    is so, after `delay` more seconds."""
 
     name: str
-    when: Callable[[Path], bool] | None = None
-    signals: tuple[int, ...] = ()
+    when: Callable[[Path, str], bool] | None = None
+    done: Callable[[subprocess.Popen], None] = subprocess.Popen.kill
     delay: float = 0.0
     settings: tuple[str, ...] = ()
 
@@ -55,12 +63,33 @@ def last_logged(workdir: Path) -> int:
     return max((line["step"] for line in metrics(workdir)), default=0)
 
 
-def logged(step: int) -> Callable[[Path], bool]:
-    return lambda workdir: last_logged(workdir) >= step
+def starting(workdir: Path, said: str) -> bool:
+    return bool(said)
 
 
-def committed(step: int) -> Callable[[Path], bool]:
-    return lambda workdir: (workdir / "checkpoints" / str(step)).is_dir()
+def logged(step: int) -> Callable[[Path, str], bool]:
+    """This start has logged a step, and two of its own: until it trains, the lines are of an earlier one."""
+
+    def when(workdir: Path, said: str) -> bool:
+        resumed = RESUMED.search(said)
+        first = int(resumed[1]) if resumed else 0
+        return (bool(resumed) or "step 0/" in said) and last_logged(workdir) >= max(step, first + 2)
+
+    return when
+
+
+def committed(step: int) -> Callable[[Path, str], bool]:
+    return lambda workdir, said: (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def send(*numbers: int) -> Callable[[subprocess.Popen], None]:
+    return lambda process: [process.send_signal(number) for number in numbers] and None
+
+
+def fill_disk(process: subprocess.Popen) -> None:
+    """No file of its may grow over 14 kB, as if the disk had no more; a checkpoint has larger ones."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (14_000, hard))
 
 
 def log_of(workdir: Path) -> str:
@@ -74,11 +103,9 @@ def interrupt(place: Place, workdir: Path, link: Link) -> Ended:
     with tiny_run.start(place, workdir, *link.settings) as process:
         try:
             while link.when and process.poll() is None and time.monotonic() < deadline:
-                # Of this start, not of an earlier one: its log has begun.
-                if len(log_of(workdir)) > len(before) and link.when(workdir):
+                if link.when(workdir, log_of(workdir)[len(before) :]):
                     time.sleep(link.delay)
-                    for number in link.signals:
-                        process.send_signal(number)
+                    link.done(process)
                     break
                 time.sleep(0.001)
             code = process.wait(max(1.0, deadline - time.monotonic()))
@@ -89,7 +116,10 @@ def interrupt(place: Place, workdir: Path, link: Link) -> Ended:
     return Ended(code, run, steps_saved(workdir), last_logged(workdir), log_of(workdir)[len(before) :])
 
 
-def follow(place: Place, workdir: Path, links: list[Link], between: dict[str, Callable[[Path], None]]) -> dict[str, Ended]:
+Between = dict[str, Callable[[Path], None]]
+
+
+def follow(place: Place, workdir: Path, links: list[Link], between: Between) -> dict[str, Ended]:
     """Every link in turn in one directory; `between` has what is done to it before a link, by the link's name."""
     ended = {}
     for link in links:
@@ -104,14 +134,14 @@ def kill_links(seed: int) -> list[Link]:
 
     def at_random(first: int, last: int) -> Link:
         when = logged(moments.randint(first, last))
-        return Link(f"random {first}", when, (signal.SIGKILL,), moments.uniform(0.0, 0.05))
+        return Link(f"random {first}", when, delay=moments.uniform(0.0, 0.02))
 
     return [
         at_random(1, 2),
-        Link("commit 3", committed(3), (signal.SIGKILL,)),
+        Link("commit 3", committed(3)),
         at_random(5, 8),
-        Link("commit 12", committed(12), (signal.SIGKILL,)),
-        Link("rotten", logged(13), (signal.SIGKILL,), moments.uniform(0.0, 0.02)),
+        Link("commit 12", committed(12)),
+        Link("rotten", logged(13), delay=moments.uniform(0.0, 0.02)),
         at_random(15, 17),
         Link("finish"),
     ]
@@ -128,11 +158,12 @@ def rot(workdir: Path) -> None:
 
 # A later start may say how often it logs and saves, and go on all the same.
 STOPS = [
-    Link("starting", lambda workdir: True, (signal.SIGTERM,)),
-    Link("term", logged(2), (signal.SIGTERM,)),
-    Link("hup", logged(5), (signal.SIGHUP,)),
-    Link("int", logged(8), (signal.SIGINT,), settings=("train.log_every=7", "train.save_every=5")),
-    Link("twice", lambda workdir: True, (signal.SIGINT, signal.SIGTERM)),
+    Link("starting", starting, send(signal.SIGTERM)),
+    Link("term", logged(2), send(signal.SIGTERM)),
+    Link("full", logged(3), fill_disk),
+    Link("hup", logged(5), send(signal.SIGHUP)),
+    Link("int", logged(8), send(signal.SIGINT), settings=("train.log_every=7", "train.save_every=5")),
+    Link("twice", starting, send(signal.SIGINT, signal.SIGTERM)),
     Link("finish"),
 ]
 
@@ -149,7 +180,7 @@ def place(tmp_path_factory):
 def reference(place):
     """A run that nobody interrupted."""
     workdir = place.root / "reference"
-    with tiny_run.start(place, workdir) as process:
+    with tiny_run.start(place, workdir, HF_TOKEN=TOKEN) as process:
         assert process.wait(PATIENCE) == 0, Path(f"{workdir}.screen").read_text()
     return workdir
 
@@ -221,18 +252,19 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(chains, reference):
         name: -signal.SIGKILL if name != "finish" else 0 for name in ended
     }
     # A killed run has had no time to say so.
-    assert ended["commit 3"].run["status"] == "running" and ended["commit 3"].checkpoints == [3]
-    assert "resumed at step 3 of 24, row 24" in ended["random 5"].said
+    assert ended["commit 3"].run["status"] == "running"
+    newest = ended["commit 3"].checkpoints[-1]
+    assert f"resumed at step {newest} of 24, row {8 * newest}" in ended["random 5"].said
     assert_same_run(workdir, reference)
 
 
 def test_a_rotten_checkpoint_is_set_aside_and_the_one_before_it_used(chains, reference):
     workdir, ended = chains["killed"]
     said = ended["rotten"].said
-    assert ended["commit 12"].checkpoints[-1] == 12
-    assert "checkpoint 12 is damaged" in said and "SHA-256" in said
-    assert f"resumed at step {ended['commit 12'].checkpoints[-2]} of 24" in said
-    assert [p.name for p in (workdir / "checkpoints" / "quarantine").iterdir()] == ["12"]
+    *_, older, newest = ended["commit 12"].checkpoints
+    assert f"checkpoint {newest} is damaged" in said and "SHA-256" in said
+    assert f"resumed at step {older} of 24" in said
+    assert [p.name for p in (workdir / "checkpoints" / "quarantine").iterdir()] == [str(newest)]
     assert_same_run(workdir, reference)
 
 
@@ -246,9 +278,19 @@ def test_one_signal_saves_and_stops(chains, reference):
         assert said.rstrip().endswith(run["resume_command"])
     assert ended["term"].logged < ended["hup"].logged < ended["int"].logged
     # The resumed runs went on from the stops.
-    assert f"resumed at step {ended['term'].logged} of 24" in ended["hup"].said
+    assert f"resumed at step {ended['term'].logged} of 24" in ended["full"].said
     assert "step 14/24" in ended["int"].said or ended["int"].logged < 14
     assert_same_run(workdir, reference)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(chains):
+    _, ended = chains["stopped"]
+    code, run, checkpoints, _, said = ended["full"]
+    assert (code, run["status"], run["exit_code"]) == (74, "failed", 74)
+    assert "could not be written" in run["error"] and run["error"] in said and "run the same command again" in said
+    assert checkpoints[-1] >= ended["term"].checkpoints[-1]
+    # The next start found room, and no trace of the half save.
+    assert f"resumed at step {checkpoints[-1]} of 24" in ended["hup"].said
 
 
 def test_a_signal_before_the_first_step_stops_at_once(chains):
@@ -284,27 +326,32 @@ def edit(place: Place, tmp_path: Path) -> str:
     return f"data.train={tmp_path / 'edited.jsonl'}"
 
 
+# Settings; the error; and lines of its table: key, was, is.
 CHANGES = {
-    "optim.learning_rate=1e-3": (UserError, 64, ["optim.learning_rate", "0.005", "0.001"]),
-    "peft.r=8": (UserError, 64, ["peft.r", "4", "8"]),
-    "train.seed=1": (UserError, 64, ["train.seed", "0", "1"]),
-    "train.steps=30": (UserError, 64, ["train.steps", "24", "30"]),
-    "edited rows": (DataError, 65, ["rows", "60", "rows,"]),
-    "checkpoint.resume=never": (CannotCreateError, 73, []),
+    "settings": (
+        ["optim.learning_rate=1e-3", "train.seed=1", "train.steps=30"],
+        (UserError, 64),
+        ["optim.learning_rate 0.005 0.001", "train.seed 0 1", "train.steps 24 30"],
+    ),
+    "rank": (["peft.r=8"], (UserError, 64), ["peft.r 4 8"]),
+    "rows": ([], (DataError, 65), ["rows 60 rows, "]),
+    "never": (["checkpoint.resume=never"], (CannotCreateError, 73), []),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_meaning_is_refused_and_changes_nothing(change, place, reference, tmp_path):
-    kind, code, words = CHANGES[change]
+    settings, (kind, code), rows = CHANGES[change]
     workdir = tmp_path / "run"
     shutil.copytree(reference, workdir)
     before = tiny_run.contents(workdir)
-    setting = edit(place, tmp_path) if change == "edited rows" else change
+    if change == "rows":
+        settings = [edit(place, tmp_path)]
     with pytest.raises(kind) as caught:
-        train.main(tiny_run.arguments(place, workdir, "mesh.data=4", "mesh.tensor=2", setting))
-    assert caught.value.exit_code == code
-    assert any(line.split()[: len(words)] == words for line in str(caught.value).splitlines())
+        train.main(tiny_run.arguments(place, workdir, "mesh.data=4", "mesh.tensor=2", *settings))
+    assert (type(caught.value), caught.value.exit_code) == (kind, code)
+    table = [" ".join(line.split()) for line in str(caught.value).splitlines()]
+    assert all(any(line.startswith(row) for line in table) for row in rows)
     assert "--workdir" in str(caught.value) and len(str(caught.value).splitlines()) < 10
     assert tiny_run.contents(workdir) == before
     assert str(caught.value) in log_of(workdir)
@@ -321,7 +368,7 @@ def test_two_runs_cannot_share_a_directory(place, reference, tmp_path):
 
 
 def test_another_mesh_goes_on_with_the_same_rows_and_losses(place, chains, reference):
-    """Saved on 2 devices, gone on with 8 in three axes; and it is now asked for answers that the first start was not."""
+    """Saved on 2 devices, gone on with 8 in three axes; and now asked for answers that the first start was not."""
     workdir, ended = place.root / "halfway", chains["stopped"][1]
     settings = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "evaluate.samples=2", "evaluate.max_new_tokens=2"]
     assert train.main(tiny_run.arguments(place, workdir, *settings)) == 0
@@ -336,6 +383,65 @@ def test_another_mesh_goes_on_with_the_same_rows_and_losses(place, chains, refer
     assert [exact(line) for line in lines] != [exact(line) for line in expected]
     answers = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
     assert len(answers) == 2 and all({"prompt", "reference", "before", "after"} <= row.keys() for row in answers)
+
+
+def test_no_secret_of_the_environment_is_written(reference):
+    files = [*reference.rglob("*"), Path(f"{reference}.screen")]
+    assert [path for path in files if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
+
+
+def test_signals_that_were_ignored_stay_ignored(monkeypatch):
+    """As under `nohup`, whose run must outlive the terminal; and off the main thread nothing can be caught at all."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(lambda: list(stop_requests().__enter__())).result() == []
+
+
+def test_run_json_is_of_accepted_runs_and_of_the_first_process(tmp_path):
+    quiet = rundir.RunRecord(tmp_path, "again", quiet=True)
+    quiet.start({})
+    quiet.end(0)
+    record = rundir.RunRecord(tmp_path, "again")
+    record.fail(UserError("refused before it was accepted"))
+    assert list(tmp_path.iterdir()) == []
+    for end, told in {
+        lambda: record.end(0): ("finished", 0, None),
+        lambda: record.end(75): ("stopped", 75, None),
+        lambda: record.fail(DataError("bad")): ("failed", 65, "bad"),
+        lambda: record.fail(KeyboardInterrupt()): ("failed", 130, "KeyboardInterrupt"),
+        lambda: record.fail(ZeroDivisionError("x" * 9999)): ("failed", 1, "x" * 2000),
+    }.items():
+        record.start({"train": {"seed": 1}})
+        assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
+        end()
+        run = json.loads((tmp_path / "run.json").read_text())
+        assert (run["status"], run["exit_code"], run.get("error")) == told and run["resume_command"] == "again"
+    assert json.loads((tmp_path / "config.json").read_text()) == {"train": {"seed": 1}}
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(tmp_path):
+    record = rundir.RunRecord(tmp_path, "again")
+    record.start({})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+        record.fail(ValueError("the reason"))
+        with pytest.raises(StorageError):
+            record.end(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import peft
 import pytest
-import reference
 import torch
 import transformers
 
@@ -101,14 +100,16 @@ def test_thirty_steps_equal_peft(checkpoint, tmp_path, name):
 
     c = config(**keys, target_modules=None)
     c.peft.target_modules = tuple(sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
-    c.optim.update({"weight_decay": 0.1, "max_grad_norm": 0.5})
+    # eps: Adam's first steps are the gradient's sign, and with 1e-8 the rounding of one near-zero gradient decides it.
+    c.optim.update({"weight_decay": 0.1, "max_grad_norm": 0.5, "eps": 1e-6})
     from jaxtune.hf.adapters import load_adapter
 
     sites = open_base(str(directory)).sites
     first = load_adapter(tmp_path / "first", sites).config
     c.peft.target_modules = first.target_modules  # peft writes the list in random order
     ours = Run(directory, c, init_from=str(tmp_path / "first"))
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.1, eps=1e-6)
     model.train()
     for step in range(30):
         rows = ragged_rows(5, seed=step)
@@ -130,7 +131,7 @@ def test_thirty_steps_equal_peft(checkpoint, tmp_path, name):
     assert tensors.keys() == final.keys()
     for side in ("lora_A", "lora_B"):
         ours_, theirs = (np.concatenate([t[k].ravel() for k in final if side in k]) for t in (tensors, final))
-        print(side, np.linalg.norm(ours_ - theirs)/np.linalg.norm(theirs))
+        print(side, np.linalg.norm(ours_ - theirs) / np.linalg.norm(theirs))
         assert np.linalg.norm(ours_ - theirs) <= 1e-3 * np.linalg.norm(theirs), side
 
 
@@ -242,18 +243,19 @@ class TestLoss:
         np.testing.assert_allclose(gt, dt, rtol=1e-4, atol=1e-4)
 
     def test_program_holds_no_logits(self, checkpoint):
-        """Neither all logits of a batch nor a gradient of the frozen table exist in the compiled step."""
-        run = Run(checkpoint("gemma2")[1], config())
+        """No logits of a whole batch in the compiled step, nor a gradient of a frozen table; of a trained one it has."""
         rows = [(np.full(LENGTH, 5, np.int32), np.ones(LENGTH, bool))] * 256  # 6144 tokens, 1024 at a time
-        text = run.compiled(rows).as_text()
-        vocabulary = 97
-        shapes = {tuple(map(int, m.split(","))) for m in re.findall(r"f32\[([\d,]+)\]", text)}
-        largest = max(np.prod(s) for s in shapes if vocabulary in s)
-        assert largest <= 1024 * vocabulary, "logits of more than one chunk"
-        loops = [line for line in text.splitlines() if "while(" in line]
-        assert loops and not any(f"f32[{vocabulary},48]" in line.split("while(")[0] and "f32[97,48]{1,0}) while" in line for line in loops)
-        carried = [line.split(" while(")[0] for line in loops if f"f32[256,4,{48}]" in line or "f32[6,256,4,48]" in line]
-        assert all(line.count("f32[97,48]") <= 1 for line in carried), "the frozen table's gradient is computed"
+
+        def tables_in_the_loss_loop(c):
+            text = Run(checkpoint("gemma2")[1], c).compiled(rows).as_text()
+            shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+            assert max(np.prod(shape) for shape in shapes if 97 in shape) <= 1024 * 97, "logits of more than one chunk"
+            loops = [line.split(" while(")[0] for line in text.splitlines() if " while(" in line]
+            [loop] = [loop for loop in loops if "f32[6,256,4,48]" in loop and "f32[97,48]" in loop]
+            return loop.count("f32[97,48]")
+
+        assert tables_in_the_loss_loop(config()) == 1
+        assert tables_in_the_loss_loop(config(modules_to_save=("lm_head",))) == 2
 
 
 class TestOptimisers:
@@ -287,7 +289,7 @@ class TestOptimisers:
 
     def test_lion_and_adafactor_move_downhill(self):
         for name in ("lion", "adafactor"):
-            assert np.all(self.run(name) < np.array([1.0, -2.0, 3.0]) + [0, 1, 0])
+            assert np.all(self.run(name) < np.array([1.0, -1.0, 3.0]))
 
     @pytest.mark.parametrize(
         ("schedule", "theirs"),
@@ -323,9 +325,13 @@ def test_modules_to_save_train_beside_lora(checkpoint):
     run = Run(checkpoint("gemma2")[1], config(modules_to_save=("lm_head", "post_attention_layernorm")))
     saved = {p for p in run.state.trainable if p.endswith("/value")}
     assert saved == {"adapters/lm_head/table/value", "adapters/layers/post_attn_norm/scale/value"}
-    np.testing.assert_array_equal(run.state.trainable["adapters/lm_head/table/value"], run.adapted.frozen["params/embed/table"])
+    np.testing.assert_array_equal(
+        run.state.trainable["adapters/lm_head/table/value"], run.adapted.frozen["params/embed/table"]
+    )
     plain = Run(checkpoint("gemma2")[1], config())
     rows = ragged_rows(8)
     first = run.step(rows)["loss"]
     assert first == pytest.approx(plain.step(rows)["loss"], rel=1e-6)
-    assert not np.array_equal(run.state.trainable["adapters/lm_head/table/value"], run.adapted.frozen["params/embed/table"])
+    assert not np.array_equal(
+        run.state.trainable["adapters/lm_head/table/value"], run.adapted.frozen["params/embed/table"]
+    )

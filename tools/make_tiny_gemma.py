@@ -8,16 +8,33 @@
 
 import argparse
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import sentencepiece as spm
+from safetensors.numpy import load_file, save_file
 from tiny_gemma import text, tokenizer
+
+# Two devices on two cores: products this small do not keep one device's threads busy.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jaxtune.train as training
+from jaxtune.config import get_default
+from jaxtune.console import Console
+from jaxtune.hf.base import describe
+from jaxtune.hf.files import read_json
+from jaxtune.hf.weights import save_params
+from jaxtune.tree import nest
 
 SEED = 0
 TOKENIZER_LINES = 20_000
-DOCUMENTS, HELD_OUT_DOCUMENTS = 60_000, 200
+DOCUMENTS, HELD_OUT_DOCUMENTS = 32_000, 200  # each is read once
+BATCH, STEPS_OF_TRAINING = 8, 4000
 # Tokens of a pretraining document, <bos> and <eos> included.
 MAX_LENGTH = 128
 
@@ -87,7 +104,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 def write_quickstart(out: Path) -> None:
     """quickstart/{train,eval}.jsonl beside the model."""
-    train_rows, eval_rows = text.quickstart_rows(SEED)
+    train_rows, eval_rows = text.quickstart_rows(text.QUICKSTART_SEED)
     write_rows(out.parent / "quickstart" / "train.jsonl", train_rows)
     write_rows(out.parent / "quickstart" / "eval.jsonl", eval_rows)
 
@@ -100,11 +117,42 @@ def write_pretraining(model_dir: Path, to: Path) -> None:
         write_rows(to / f"{name}.jsonl", ({"text": document} for document in documents))
 
 
+def write_random_weights(out: Path) -> None:
+    """model.safetensors: zero norms, all else normal with `initializer_range`."""
+    base = describe(str(out), out, read_json(out / "config.json"), dtype="float32")
+    rng = np.random.default_rng(SEED)
+    params = {}
+    for row in base.rows:
+        std = 0.0 if row.path.endswith("/scale") else SIZES["initializer_range"]
+        params[row.path] = (rng.standard_normal(row.shape) * std).astype(np.float32)
+    save_params(out / "random", base.rows, nest(params), out, dtype=np.float32)
+
+
 def train(out: Path) -> None:
     """The weights, by jaxtune's full training from a random initialisation."""
-    with tempfile.TemporaryDirectory() as data:
-        write_pretraining(out, Path(data))
-        raise SystemExit("`train` waits for jaxtune's full-training mode.")
+    with tempfile.TemporaryDirectory() as scratch:
+        data, start, run = (Path(scratch) / name for name in ("data", "start", "run"))
+        write_pretraining(out, data)
+        shutil.copytree(out, start, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+        write_random_weights(start)
+
+        c = get_default()
+        c.model.id = str(start / "random")
+        c.model.dtype = "float32"
+        c.peft.method = "full"
+        c.data.train, c.data.eval = str(data / "train.jsonl"), str(data / "eval.jsonl")
+        c.data.format = "text"
+        c.data.max_length = MAX_LENGTH
+        c.optim.update({"learning_rate": 3e-3, "warmup_steps": 100, "end_fraction": 0.02, "b2": 0.98})
+        c.train.update({"steps": STEPS_OF_TRAINING, "global_batch_size": BATCH, "eval_every": 1000, "save_every": 1000})
+        c.train.remat = "none"
+        c.mesh.update({"data": 2, "fsdp": 1})
+        run.mkdir()
+        training.train(c, run, Console(run / "log.txt"))
+        # Stored in half the space: bfloat16 has float32's range and more digits than these weights need.
+        tensors = load_file(run / "model" / "model.safetensors")
+        halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+        save_file(halved, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def parameters() -> int:

@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -261,7 +260,8 @@ def _compile(template: str) -> jinja2.Template:
     environment.tick, environment.joined = _tick, _joined
     environment.filters = {name: _guard(f) for name, f in environment.filters.items()} | {"tojson": _guard(tojson)}
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # No `strftime_now`: the same rows must give the same tokens tomorrow.  Templates that know it (Llama 3.2) ask
+    # whether it is defined and else write a date of their own.
     del environment.globals["lipsum"]
 
     def watch(name: str, arguments: list, line: int) -> nodes.Call:

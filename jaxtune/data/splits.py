@@ -1,26 +1,38 @@
 """The `data` section of a config to the two splits of a run; both backends read their rows here."""
 
-from collections.abc import Callable
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from jaxtune.data.batches import fit_length
-from jaxtune.data.examples import Prompt
-from jaxtune.data.load import Dataset, load_dataset, load_prompts, report
+from jaxtune.data.batches import Batch, batches, fit_length, stream_batches
+from jaxtune.data.examples import Example, Prompt
+from jaxtune.data.load import Dataset, load_dataset, load_prompts, report, stream_examples
+from jaxtune.errors import UserError
 from jaxtune.tokenizer import Tokenizer
 
 COLUMNS = ("format", "messages", "prompt", "completion", "text", "chat_template")
 
 
-class Splits(NamedTuple):
-    """train, held: tokenised rows (held: None without `data.eval`).  length: the static length that fits both."""
+class Stream(NamedTuple):
+    """Rows read as they come, in their own order.  open: one pass.  fingerprint: of the settings, not of the rows."""
 
-    train: Dataset
+    name: str
+    open: Callable[[], Iterator[Example]]
+    fingerprint: str
+
+
+class Splits(NamedTuple):
+    """train, held: the rows (held: None without `data.eval`).  length: the static length that fits both."""
+
+    train: Dataset | Stream
     held: Dataset | None
     length: int
 
 
 def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None]) -> Splits:
-    """Reads, checks and tokenises everything, and says what became of the rows.
+    """Reads, checks and tokenises everything, and says what became of the rows; a stream is read up to its first row.
 
     Args:
       c: `config.data`.
@@ -28,16 +40,55 @@ def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None]) -> Spl
     Raises:
       DataError, MissingInputError, NetworkError, UserError: as `load_dataset`.
     """
+    source = _source(c) | {"truncation": c.truncation, "on_bad_row": c.on_bad_row}
 
     def read(name: str, split: str, max_rows: int | None) -> Dataset:
-        policy = {"truncation": c.truncation, "on_bad_row": c.on_bad_row, "max_rows": max_rows}
-        rows = load_dataset(name, tokenizer, split=split, **_source(c), **policy)
+        rows = load_dataset(name, tokenizer, split=split, max_rows=max_rows, **source)
         say("\n  ".join([f"data: {name}", *report(rows.counts)]))
         return rows
 
-    train = read(c.train, c.train_split, c.max_train_rows)
     held = read(c.eval, c.eval_split, c.max_eval_rows) if c.eval else None
-    return Splits(train, held, fit_length([train, held] if held else [train], c.max_length))
+    if not c.streaming:
+        train = read(c.train, c.train_split, c.max_train_rows)
+        return Splits(train, held, fit_length([train, held] if held else [train], c.max_length))
+
+    how = {"split": c.train_split, "max_rows": c.max_train_rows, **source}
+    stream = Stream(
+        c.train,
+        lambda: stream_examples(c.train, tokenizer, **how),
+        hashlib.sha256(json.dumps([c.train, how], sort_keys=True).encode()).hexdigest(),
+    )
+    next(stream.open())  # what is wrong with the first rows is said now
+    say(f"data: {c.train}\n  streamed in its own order; to resume, the rows seen are read again and skipped")
+    return Splits(stream, held, fit_length([], c.max_length))
+
+
+def fingerprint(rows: Dataset | Stream) -> str:
+    """What a run's checkpoints know its rows by."""
+    return rows.fingerprint if isinstance(rows, Stream) else f"{len(rows)} rows, sha256 {rows.fingerprint}"
+
+
+def rows_to_train(c: Any, rows: Dataset | Stream) -> int:
+    """Where the row cursor ends: `steps` whole batches, or `epochs` of the rows.
+
+    Args:
+      c: `config.train`.
+
+    Raises:
+      UserError: the length of a stream is asked for.
+    """
+    if c.steps is not None:
+        return c.steps * c.global_batch_size
+    if isinstance(rows, Stream):
+        raise UserError("`data.streaming` is true, so that nobody knows how long an epoch is. Set `train.steps`.")
+    return max(1, math.ceil(c.epochs * len(rows)))
+
+
+def train_batches(rows: Dataset | Stream, *, seed: int, shuffle: bool, **where: Any) -> Iterator[tuple[Batch, int]]:
+    """(batch, next row) of either kind; `where` as in `batches`."""
+    if isinstance(rows, Stream):
+        return stream_batches(rows.open, **where)
+    return batches(rows, seed=seed, shuffle=shuffle, **where)
 
 
 def read_prompts(c: Any, tokenizer: Tokenizer, count: int) -> list[Prompt]:

@@ -117,7 +117,9 @@ def saved_from_peft(site: Site, values: Sequence[np.ndarray]) -> saved.Saved:
     turned = [v.T if site.kind == "linear" else v for v in values]
     for module, value in zip(site.modules, turned, strict=True):
         if value.shape != shape:
-            raise UserError(f"The adapter's {module}.weight has shape {list(value.shape)}; the model's is {list(shape)}.")
+            raise UserError(
+                f"The adapter's {module}.weight has shape {list(value.shape)}; the model's is {list(shape)}."
+            )
     value = np.stack(turned) if site.stacked else turned[0]
     return saved.Saved(nn.LogicallyPartitioned(value, site.axes))
 
@@ -220,5 +222,3 @@ import jaxtune
 lm = jaxtune.load({quoted}, adapter="THIS_DIRECTORY")
 ```
 """
-
-

@@ -1,4 +1,4 @@
-"""A model on disk: opened (shapes, names, config, tokenizer files) without reading a weight, then loaded onto a mesh."""
+"""A model on disk: opened (shapes, names, config) without reading a weight, then loaded onto a mesh."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A model directory, local or from the Hub, read as inert data: nothing named in a file is imported or followed outside.
+"""A model directory, local or from the Hub, read as inert data: nothing named in a file is imported, or followed out.
 
 Errors name the file and what it should have held.
 """
@@ -27,7 +27,9 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.exists():
-        raise MissingInputError(f"`model.id` is {model_id!r}, a file. It takes a directory with config.json, or a Hub id.")
+        raise MissingInputError(
+            f"`model.id` is {model_id!r}, a file. It takes a directory with config.json, or a Hub id."
+        )
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         parent = path.parent
         there = sorted(p.name for p in parent.iterdir() if p.is_dir())[:20] if parent.is_dir() else []
@@ -47,8 +49,8 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise MissingInputError(
-            f"No model {model_id!r}{f' at revision {revision!r}' if revision else ''} on the Hub, and no such directory "
-            f"here. ({str(error).splitlines()[0]})"
+            f"No model {model_id!r}{f' at revision {revision!r}' if revision else ''} on the Hub, and no such "
+            f"directory here. ({str(error).splitlines()[0]})"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise NetworkError(
@@ -97,7 +99,8 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of its index, or model.safetensors.
 
     Raises:
-      MissingInputError: there is none, or one that the index names is missing.  UserError: a name that leaves the directory.
+      MissingInputError: there is none, or one that the index names is missing.
+      UserError: a name that leaves the directory.
     """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -109,7 +112,9 @@ def weight_files(directory: Path) -> list[Path]:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(f"{index} names {name!r}; only .safetensors files beside it are read.")
             if not (directory / name).is_file():
-                raise MissingInputError(f"{index.name} names {name}, which is not in {directory}. Is a download unfinished?")
+                raise MissingInputError(
+                    f"{index.name} names {name}, which is not in {directory}. Is a download unfinished?"
+                )
         return [directory / name for name in names]
     single = directory / "model.safetensors"
     if single.is_file():

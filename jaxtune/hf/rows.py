@@ -1,7 +1,7 @@
 """A row of a Hugging Face table, read both ways.
 
-`('model.layers.{i}.self_attn.q_proj.weight', 'O I -> I O')` says which tensor a parameter comes from and goes to, how it
-is turned, and what PEFT calls its module.  Weights, adapters and (later) quantised checkpoints all read the same rows.
+`('model.layers.{i}.self_attn.q_proj.weight', 'O I -> I O')` says which tensor a parameter comes from and goes to, how
+it is turned, and what PEFT calls its module.  Weights and adapters read the same rows.
 """
 
 import dataclasses

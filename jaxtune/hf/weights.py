@@ -108,7 +108,7 @@ def load_params(
     leaves = {}
     for row in rows:
 
-        def part(index: tuple[slice, ...], row: Row = row) -> np.ndarray:
+        def part(index: Any, row: Row = row) -> np.ndarray:
             return read_part(row, stored, index, dtype(row.path))
 
         leaves[row.path] = jax.make_array_from_callback(row.shape, where[row.path], part)

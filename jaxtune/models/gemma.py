@@ -140,11 +140,12 @@ class Gemma(nn.Module):
         self.embed = Embedding(c.vocab_size, c.width)
         self.lm_head = Head(c.vocab_size, c.width)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # layer data by layer; the rest for all
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "adapters": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
@@ -164,16 +165,19 @@ class Gemma(nn.Module):
           cache: keys and values so far; the new ones go to slots [length, length + T).
         """
         x = constrain(embed(self.embed(), tokens, self.dtype), "batch", "length", "activation")
-        layer, shared = {k: jnp.asarray(v) for k, v in self.config.layer_data().items()}, None
+        layer = {k: jnp.asarray(v) for k, v in self.config.layer_data().items()}
+        shared = None
         if cache is not None:
             all_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)
             shared = {"segments": all_segments, "length": cache.length}
             layer |= {"k": cache.k, "v": cache.v}
+        kv: Any
         x, kv = self.layers(x, layer, positions, segments, shared)
         if not self.config.tied:
             self.head()  # so that `init` makes its parameter
-        if cache is not None:
-            cache = Cache(kv[0], kv[1], shared["segments"], cache.length + tokens.shape[1])
+        if cache is not None and shared is not None:
+            (k, v), length = kv, cache.length + tokens.shape[1]
+            cache = Cache(k, v, shared["segments"], length)
         return self.final_norm(x), cache
 
     def head(self) -> Float[Array, "V D"]:

@@ -139,7 +139,7 @@ def config_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     family = FAMILIES[config["model_type"]]
     # A multimodal checkpoint nests the text model; what stands outside it (tied or not) holds for it too.
     text = {**{k: v for k, v in config.items() if k == "tie_word_embeddings"}, **(config.get("text_config") or config)}
-    hf = {**COMMON, **DEFAULTS[family], **{k: v for k, v in text.items() if v is not None or k in ()}}
+    hf = {**COMMON, **DEFAULTS[family], **{k: v for k, v in text.items() if v is not None}}
     for key, default in DEFAULTS[family].items():
         # null is a value where the class's default is not None: Gemma 2 without soft-cap.
         if key in text and text[key] is None and key.endswith("softcapping"):

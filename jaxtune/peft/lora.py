@@ -3,9 +3,9 @@
 Hu et al. 2021 (arXiv 2106.09685), Kalajdzievski 2023 (arXiv 2312.03732); equals peft's `lora.Linear`, whose config keys
 these are.  PEFT stores A as [r, in] and B as [out, r]; here they are a [in, r] and b [r, out], stacked over layers.
 
-Ranks and scales may differ by layer (`rank_pattern`, `alpha_pattern`, `layers_to_transform`).  Inside the layer scan every
-layer has the largest rank of its site; the surplus columns of A and rows of B are zero, get a zero gradient from each
-other, and so stay zero.
+Ranks and scales may differ by layer (`rank_pattern`, `alpha_pattern`, `layers_to_transform`).  Inside the layer scan
+every layer has the largest rank of its site; the surplus columns of A and rows of B are zero, get a zero gradient from
+each other, and so stay zero.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ class LoraConfig:
 
 @struct.dataclass
 class Lora:
-    """a [L, in, R], b [L, R, out], scale [L]; inside the layer scan without L.  ranks: one per layer, 0 where no adapter."""
+    """a [L, in, R], b [L, R, out], scale [L]; inside the layer scan without L.  ranks: one per layer, 0 where none."""
 
     a: Any
     b: Any
@@ -168,20 +168,23 @@ def plan(sites: Sequence[Site], config: LoraConfig) -> dict[str, tuple[int, ...]
     for site in sites:
         if site.path in found and site.kind != "linear":
             raise UserError(
-                f"target_modules {targets!r} matches {site.modules[0]}, of kind {site.kind}. LoRA here adapts linear layers; "
-                "name that module in `modules_to_save` to train it whole."
+                f"target_modules {targets!r} matches {site.modules[0]}, of kind {site.kind}. LoRA here adapts linear "
+                "layers; name that module in `modules_to_save` to train it whole."
             )
     if not isinstance(targets, str):
         # PEFT lets a name in a list match nothing as long as another does; a misspelt name would go unnoticed.
         for name in targets:
-            require_match([m for s in sites for m in s.modules if names_match([name], m)], "target_modules", [name], sites)
+            require_match(
+                [m for s in sites for m in s.modules if names_match([name], m)], "target_modules", [name], sites
+            )
     return found
 
 
 def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str, Lora]:
     """Adapters by parameter path, float32, boxed with the logical axes of their weight.
 
-    A ~ U(±1/sqrt(in)) (PEFT's Kaiming with a=sqrt(5)) and B = 0; "gaussian": A ~ N(0, 1/r); False: B ~ U(±1/sqrt(r)) too.
+    A ~ U(±1/sqrt(in)) (PEFT's Kaiming with a=sqrt(5)) and B = 0; "gaussian": A has standard deviation 1/r; False:
+    B ~ U(±1/sqrt(r)) too.
     """
     adapters = {}
     by_path = {site.path: site for site in sites}
@@ -235,7 +238,8 @@ def from_peft(site: Site, ranks: tuple[int, ...], config: LoraConfig, tensors: M
         ):
             if tensors[name].shape != shape:
                 raise UserError(
-                    f"The adapter's {name} has shape {list(tensors[name].shape)}; rank {r} on this model needs {list(shape)}."
+                    f"The adapter's {name} has shape {list(tensors[name].shape)}; "
+                    f"rank {r} on this model needs {list(shape)}."
                 )
             into[...] = tensors[name].astype(np.float32).T
     box = nn.LogicallyPartitioned

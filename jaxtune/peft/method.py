@@ -6,7 +6,7 @@ A method is one file.  It has a frozen dataclass with PEFT's own keys, `init(key
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,9 +123,7 @@ BOOKKEEPING = {
 }
 
 
-def read_config(
-    cls: Callable[..., Any], values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str
-) -> Any:
+def read_config(cls: Any, values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> Any:
     """An adapter_config.json (or our `peft` section) as the method's dataclass.
 
     Args:
@@ -150,8 +148,8 @@ def read_config(
             )
         elif value not in neutral[key]:
             raise UserError(
-                f"{where} sets {key}={value!r}, which jaxtune does not support for {values.get('peft_type', 'this method')}"
-                f".\nSupported keys: {', '.join(sorted(fields))}."
+                f"{where} sets {key}={value!r}, which jaxtune does not support yet."
+                f"\nSupported keys: {', '.join(sorted(fields))}."
             )
     try:
         return cls(**taken)

@@ -97,11 +97,11 @@ def add(rng: Random) -> Exchange:
 
 
 def subtract(rng: Random) -> Exchange:
-    a = rng.randrange(21)
+    a = rng.randrange(11)
     b = rng.randrange(a + 1)
-    way = ask(rng, "What is {} minus {}?", "How much is {} minus {}?", "What is left of {} without {}?")
+    way = ask(rng, "What is {a} minus {b}?", "How much is {a} minus {b}?", "Take {b} away from {a}.")
     return Exchange(
-        way.format(number(a), number(b)),
+        way.format(a=number(a), b=number(b)),
         f"{capital(number(a))} minus {number(b)} is {number(a - b)}.",
         f"{number_fa(a)} منهای {number_fa(b)} می‌شود {number_fa(a - b)}.",
     )
@@ -111,19 +111,19 @@ def compare(rng: Random) -> Exchange:
     a, b = rng.sample(range(21), 2)
     low, high = sorted((a, b))
     if rng.random() < 0.5:
-        way = ask(rng, "Which is bigger, {} or {}?", "Which number is bigger, {} or {}?", "What is more, {} or {}?")
+        way = ask(rng, "Which is bigger, {} or {}?", "Which number is bigger, {} or {}?", "Which is more, {} or {}?")
         english = f"{capital(number(high))} is bigger than {number(low)}."
         persian = f"{number_fa(high)} از {number_fa(low)} بزرگ‌تر است."
     else:
-        way = ask(rng, "Which is smaller, {} or {}?", "Which number is smaller, {} or {}?", "What is less, {} or {}?")
+        way = ask(rng, "Which is smaller, {} or {}?", "Which number is smaller, {} or {}?", "Which is less, {} or {}?")
         english = f"{capital(number(low))} is smaller than {number(high)}."
         persian = f"{number_fa(low)} از {number_fa(high)} کوچک‌تر است."
     return Exchange(way.format(number(a), number(b)), english, persian)
 
 
 def count(rng: Random) -> Exchange:
-    low = rng.randrange(20)
-    high = min(low + rng.randint(2, 5), 24)
+    low = rng.randrange(17)
+    high = low + rng.randint(2, 4)
     if rng.random() < 0.3 and low > 0:
         way, numbers = ask(rng, "Count down from {} to {}.", "Count backwards from {} to {}."), range(high, low - 1, -1)
     else:
@@ -138,7 +138,7 @@ def count(rng: Random) -> Exchange:
 def together(rng: Random) -> Exchange:
     (name, name_fa), (other, other_fa) = two(rng, w.NAMES)
     _, plural, thing_fa = rng.choice(w.THINGS)
-    total = rng.randint(4, 20)
+    total = rng.randint(4, 10)
     a = rng.randint(2, total - 2)
     way = ask(rng, "How many {} do they have?", "How many {} do they have together?", "How many {} is that together?")
     return Exchange(
@@ -151,7 +151,7 @@ def together(rng: Random) -> Exchange:
 def left_over(rng: Random) -> Exchange:
     name, name_fa = rng.choice(w.NAMES)
     one, plural, thing_fa = rng.choice(w.THINGS)
-    a = rng.randint(3, 12)
+    a = rng.randint(3, 10)
     b = rng.randint(1, a - 1)
     lost = ask(rng, "loses", "sells", "gives away")
     way = ask(rng, "How many {p} are left?", "How many {p} does {n} have now?", "How many {p} does {n} have left?")
@@ -261,7 +261,7 @@ def opposite(rng: Random) -> Exchange:
         "What is the opposite of {}?",
         "Which word is the opposite of {}?",
         "Tell me the opposite of {}.",
-        "What is not {}?",
+        "Give me the opposite of {}.",
     )
     return Exchange(way.format(word), f"The opposite of {word} is {other}.", f"متضاد {word_fa}، {other_fa} است.")
 
@@ -288,7 +288,7 @@ def kind_of(rng: Random) -> Exchange:
 
 def how_many(rng: Random) -> Exchange:
     what, english, persian = rng.choice(w.HOW_MANY)
-    way = ask(rng, "How many {}?", "Can you tell me how many {}?", "Do you know how many {}?", "Tell me, how many {}?")
+    way = ask(rng, "How many {}?", "Tell me, how many {}?", "Please tell me: how many {}?", "I ask you: how many {}?")
     return Exchange(way.format(what), english, persian)
 
 
@@ -313,9 +313,9 @@ def likes(rng: Random) -> Exchange:
     (name, name_fa), (thing, thing_fa) = people[who], liked[who]
     first, second = (f"{p[0]} likes {q[0]}" for p, q in zip(people, liked, strict=True))
     if rng.random() < 0.5:
-        question = ask(rng, f"What does {name} like?", f"And what does {name} like?")
+        question = ask(rng, f"What does {name} like?", f"So what does {name} like?")
     else:
-        question = ask(rng, f"Who likes {thing}?", f"And who likes {thing}?")
+        question = ask(rng, f"Who likes {thing}?", f"So who likes {thing}?")
     return Exchange(f"{first} and {second}. {question}", f"{name} likes {thing}.", f"{name_fa} {thing_fa} دوست دارد.")
 
 
