@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtune import mesh as meshes
 from jaxtune import tree
 from jaxtune.errors import UserError, did_you_mean
-from jaxtune.hf.adapters import PeftAdapter, load_adapter, save_adapter
+from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters, save_adapter
 from jaxtune.hf.base import Base, load_base
 from jaxtune.hf.weights import save_params
 from jaxtune.peft import METHODS, saved
@@ -57,11 +57,42 @@ def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def check_targets(section: dict[str, Any], base: Base) -> None:
-    """Refuses targets that match nothing, before a weight is read."""
+    """Refuses targets that match nothing, or an adapter that does not fit, before a weight is read."""
     method, config = read_method(section)
-    if method is not None:
+    if section["init_from"]:
+        load_first(section, base)
+    elif method is not None:
         method.plan(base.sites, config)
         saved.choose(base.sites, config.modules_to_save)
+
+
+def load_first(section: dict[str, Any], base: Base) -> PeftAdapter:
+    """The adapter that training starts from; its own settings stand, whatever the section's others say.
+
+    Raises:
+      MissingInputError, UserError: as `load_adapter`; or another method is asked for.
+    """
+    if section["method"] == "full":
+        raise UserError("`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`.")
+    peft = load_adapter(Path(section["init_from"]).expanduser(), base.sites)
+    if peft.method is not METHODS[section["method"]]:
+        raise UserError(
+            f"`peft.init_from` {section['init_from']} is of type {peft.method.PEFT_TYPE}, and `peft.method` is "
+            f"{section['method']}. Set the one that the adapter has."
+        )
+    return peft
+
+
+def fresh_adapters(method: Any, config: Any, base: Base, mesh: Mesh, params: Tree, seed: int) -> Tree:
+    """The method's initial adapters, each made where its weight's axes say, never whole on one device."""
+
+    def init(key: jax.Array, flat: dict[str, jax.Array]) -> Tree:
+        whole = saved.init(saved.choose(base.sites, config.modules_to_save), flat)
+        return tree.nest(method.init(key, base.sites, config) | whole)
+
+    key, flat = jax.random.key(seed), tree.flatten(params)
+    where = meshes.shardings(mesh, jax.eval_shape(init, key, flat))
+    return jax.jit(lambda key, flat: nn.unbox(init(key, flat)), out_shardings=where)(key, flat)
 
 
 def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: int) -> Adapted:
@@ -76,43 +107,15 @@ def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: 
     method, config = read_method(section)
     # What trains is float32, whatever the activations are: small updates would be lost in bfloat16.
     params = load_base(base, mesh, lambda path: jnp.float32 if method is None else jnp.dtype(dtype))
-    if method is None:
-        if section["init_from"]:
-            raise UserError(
-                "`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`."
-            )
-        variables = {"params": params}
-        leaves = tree.flatten(variables)
-        return Adapted(jax.tree.map(lambda _: 0, variables), leaves, {}, None)
-
+    variables, peft = {"params": params}, None
     if section["init_from"]:
-        peft = load_adapter(Path(section["init_from"]).expanduser(), base.sites)
-        if peft.config != config:
-            differ = [k for k, v in vars(config).items() if vars(peft.config)[k] != v]
-            raise UserError(
-                f"`peft.init_from` {section['init_from']} was made with other settings: "
-                + ", ".join(f"{k}={vars(peft.config)[k]!r} (config: {vars(config)[k]!r})" for k in differ)
-                + ". Set `config.peft` to its values."
-            )
-        boxed = tree.nest(peft.adapters)
-    else:
-        flat = tree.flatten(params)
-
-        def init(key: jax.Array, flat: dict[str, jax.Array]) -> Tree:
-            whole = saved.init(saved.choose(base.sites, config.modules_to_save), flat)
-            return tree.nest(method.init(key, base.sites, config) | whole)
-
-        # Each adapter is made where its weight's axes say, never whole on one device.
-        abstract = jax.eval_shape(init, jax.random.key(seed), flat)
-        where = meshes.shardings(mesh, abstract)
-        boxed = jax.jit(lambda k, f: nn.unbox(init(k, f)), out_shardings=where)(jax.random.key(seed), flat)
+        peft = load_first(section, base)
+        variables["adapters"] = place_adapters(mesh, peft.adapters)
+    elif method is not None:
         peft = PeftAdapter(method, config, {}, None)
-    adapters = nn.unbox(boxed)
-    if section["init_from"]:
-        adapters = jax.device_put(adapters, meshes.shardings(mesh, boxed))
-    variables = {"params": params, "adapters": adapters}
+        variables["adapters"] = fresh_adapters(method, config, base, mesh, params, seed)
     leaves = tree.flatten(variables)
-    trained = {path for path in leaves if path.startswith("adapters/") and is_trainable(path)}
+    trained = {p for p in leaves if peft is None or (p.startswith("adapters/") and is_trainable(p))}
     return Adapted(
         jax.tree.map(lambda _: 0, variables),
         {path: leaf for path, leaf in leaves.items() if path in trained},

@@ -39,7 +39,8 @@ def get_default() -> Any:
     c.peft = ConfigDict()
     # lora | full (every weight trains, the output is a Hugging Face checkpoint).
     c.peft.method = "lora"
-    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).
+    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).  Its own settings then stand, and
+    # the keys below are not read.
     c.peft.init_from = optional(str)
     # From here on the keys and their defaults are PEFT's `LoraConfig`.
     c.peft.r = 8

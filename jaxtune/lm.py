@@ -5,26 +5,18 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
-from jaxtune import tree
 from jaxtune.data.chat import render_folded
 from jaxtune.errors import MissingInputError, UserError
-from jaxtune.hf.adapters import PeftAdapter, load_adapter, save_adapter
+from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters, save_adapter
 from jaxtune.hf.base import Base, load_base, open_base
 from jaxtune.layers import output_logits
 from jaxtune.typing import Tree
-
-
-def place_adapters(mesh: Mesh, boxed: dict[str, Any]) -> Tree:
-    """Boxed adapters by path to a nested tree on the mesh, each sharded as its weight is."""
-    nested = tree.nest(boxed)
-    return jax.device_put(nn.unbox(nested), meshes.shardings(mesh, nested))
 
 
 @functools.partial(jax.jit, static_argnums=0)

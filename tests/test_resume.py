@@ -148,21 +148,22 @@ def kill_links(seed: int) -> list[Link]:
 
 
 def rot(workdir: Path) -> None:
-    """One bit of the newest checkpoint's largest file."""
+    """One bit in each file of the newest checkpoint's arrays: Orbax would read some of them without a word."""
     newest = workdir / "checkpoints" / str(steps_saved(workdir)[-1])
-    path = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
+    for path in newest.glob("arrays/**/d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
 
 
-# A later start may say how often it logs and saves, and go on all the same.
+# How often it logs and saves may change from start to start; here almost nothing is saved but for the signals.
+RARELY = ("train.log_every=7", "train.save_every=100")
 STOPS = [
     Link("starting", starting, send(signal.SIGTERM)),
-    Link("term", logged(2), send(signal.SIGTERM)),
+    Link("term", logged(2), send(signal.SIGTERM), settings=RARELY),
     Link("full", logged(3), fill_disk),
-    Link("hup", logged(5), send(signal.SIGHUP)),
-    Link("int", logged(8), send(signal.SIGINT), settings=("train.log_every=7", "train.save_every=5")),
+    Link("hup", logged(5), send(signal.SIGHUP), settings=RARELY),
+    Link("int", logged(9), send(signal.SIGINT), settings=RARELY),
     Link("twice", starting, send(signal.SIGINT, signal.SIGTERM)),
     Link("finish"),
 ]
@@ -239,7 +240,7 @@ def test_the_reference_trains(reference):
     """What is compared is alive: the loss falls, dropout and shuffling leave no two steps alike."""
     lines = metrics(reference)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    assert list(evaluations) == [0, *range(4, STEPS + 1, 4)]
+    assert list(evaluations) == [0, *range(8, STEPS + 1, 8)]
     assert evaluations[STEPS] < evaluations[0] - 0.1
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(set(losses)) == STEPS
@@ -279,7 +280,6 @@ def test_one_signal_saves_and_stops(chains, reference):
     assert ended["term"].logged < ended["hup"].logged < ended["int"].logged
     # The resumed runs went on from the stops.
     assert f"resumed at step {ended['term'].logged} of 24" in ended["full"].said
-    assert "step 14/24" in ended["int"].said or ended["int"].logged < 14
     assert_same_run(workdir, reference)
 
 

@@ -95,7 +95,7 @@ def test_quickstart_teaches_persian(tmp_path):
 
 
 def test_streamed_rows(tmp_path):
-    """Rows as they come: as many as the steps need, over the end of the file, and stopping in between changes nothing."""
+    """Rows as they come, over the end of the file; stopping in between changes nothing."""
     words = ["--config.data.streaming=true", "--config.train.steps=3", "--config.train.global_batch_size=8"]
     words += ["--config.optim.schedule=constant", "--config.data.eval=none", "--config.evaluate.samples=0", *ONE_DEVICE]
     train_file = tmp_path / "train.jsonl"
@@ -114,7 +114,13 @@ def test_streamed_rows(tmp_path):
 def test_full_training_writes_a_checkpoint(tmp_path):
     """method=full: the run's model directory loads in transformers, with the logits that jaxtune computes."""
     words = ["--config.peft.method=full", "--config.train.steps=2", "--config.optim.learning_rate=1e-3", *ONE_DEVICE]
-    run(tmp_path / "run", "configs/quickstart.py", *words, "--config.evaluate.samples=0", "--config.data.max_eval_rows=8")
+    run(
+        tmp_path / "run",
+        "configs/quickstart.py",
+        *words,
+        "--config.evaluate.samples=0",
+        "--config.data.max_eval_rows=8",
+    )
     ours = jaxtune.load(tmp_path / "run" / "model")
     ids = np.array([ours.tokenizer.encode(text)[:30] for text in TEXTS])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", attn_implementation="eager")

@@ -51,7 +51,7 @@ def get_config():
     c.train.steps = {steps}
     c.train.global_batch_size = 8
     c.train.gradient_accumulation_steps = 2
-    c.train.eval_every = 4
+    c.train.eval_every = 8
     c.train.save_every = 3
     c.train.log_every = 1
     c.train.remat = "none"

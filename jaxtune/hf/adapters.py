@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from jaxtune import __version__, tree
+from jaxtune import mesh as meshes
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 from jaxtune.hf.files import open_safetensors, read_json
 from jaxtune.models import gemma_hf
@@ -105,6 +108,12 @@ def load_adapter(directory: Path, sites: Sequence[Site]) -> PeftAdapter:
         listed = "\n".join(f"  {name}" for name in sorted(unused)[:5])
         raise UserError(f"{directory} has {len(unused)} tensors that its config and this model do not use:\n{listed}")
     return PeftAdapter(method, config, adapters, values.get("base_model_name_or_path"))
+
+
+def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> Tree:
+    """Boxed adapters by path to a nested tree on the mesh, each sharded as its weight is."""
+    nested = tree.nest(dict(boxed))
+    return jax.device_put(nn.unbox(nested), meshes.shardings(mesh, nested))
 
 
 def saved_from_peft(site: Site, values: Sequence[np.ndarray]) -> saved.Saved:
