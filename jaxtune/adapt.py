@@ -25,7 +25,7 @@ from jaxtune.typing import Tree
 
 
 class Adapted(NamedTuple):
-    """structure: the variables' tree, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None if `full`."""
+    """structure: of the variables, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None if `full`."""
 
     structure: Tree
     trainable: dict[str, jax.Array]
