@@ -41,9 +41,10 @@ JAXTUNE = modules("jaxtune")
 def imports(path, body_only=False):
     """The modules that a file imports: `from jaxtune.hf import rows` is `jaxtune.hf.rows`.
 
-    body_only: without those inside functions, which run later or never.
+    body_only: without those inside functions, which run later or never.  `if TYPE_CHECKING` never runs.
     """
     module, names = ast.parse(path.read_text(), str(path)), set()
+    module.body = [n for n in module.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
     for node in module.body if body_only else ast.walk(module):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
