@@ -83,7 +83,11 @@ def committed(step: int) -> Callable[[Path, str], bool]:
 
 
 def send(*numbers: int) -> Callable[[subprocess.Popen], None]:
-    return lambda process: [process.send_signal(number) for number in numbers] and None
+    def done(process: subprocess.Popen) -> None:
+        for number in numbers:
+            process.send_signal(number)
+
+    return done
 
 
 def fill_disk(process: subprocess.Popen) -> None:
@@ -390,12 +394,13 @@ def test_no_secret_of_the_environment_is_written(reference):
     assert [path for path in files if path.is_file() and TOKEN.encode() in path.read_bytes()] == []
 
 
-def test_signals_that_were_ignored_stay_ignored(monkeypatch):
+def test_signals_that_were_ignored_stay_ignored():
     """As under `nohup`, whose run must outlive the terminal; and off the main thread nothing can be caught at all."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_requests() as stop:
             signal.raise_signal(signal.SIGHUP)
+            assert stop == []
             signal.raise_signal(signal.SIGTERM)
             assert stop == [signal.SIGTERM]
             with pytest.raises(KeyboardInterrupt):

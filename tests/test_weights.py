@@ -1,7 +1,9 @@
 """Checkpoints out and in: what is saved loads in transformers, in shards of the asked size, and loading stays small."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxtune
 from jaxtune import mesh as meshes
+from jaxtune.errors import MissingInputError, NetworkError
 from jaxtune.hf.base import open_base
 from jaxtune.hf.files import fingerprint
 from jaxtune.hf.weights import save_params
@@ -80,8 +83,6 @@ def test_loading_holds_one_parameter_besides_the_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     base = open_base(str(tmp_path))
     shards, weight_map = [{}], {}
-    from safetensors.numpy import save_file
-
     for row in base.rows:
         for name in row.names:
             shards[-1][name] = np.full(row.tensor_shape, 0.01, np.float32)
@@ -116,3 +117,40 @@ def test_loading_holds_one_parameter_besides_the_model(tmp_path):
     peak, model, largest = map(int, out.stdout.split())
     print(f"peak {peak / 1e6:.0f} MB, model {model / 1e6:.0f} MB, largest parameter {largest / 1e6:.0f} MB")
     assert peak - model < 1.5 * largest
+
+
+class TestHub:
+    """Hub ids, against a cache laid out as huggingface_hub does and no network."""
+
+    @pytest.fixture
+    def cache(self, checkpoint, tmp_path, monkeypatch):
+        """org/tiny at revision main, as a download leaves it: snapshots of links to blobs named by their hash."""
+        _, directory = checkpoint("gemma2")
+        repository = tmp_path / "hub" / "models--org--tiny"
+        snapshot = repository / "snapshots" / ("a" * 40)
+        for folder in (repository / "blobs", repository / "refs", snapshot):
+            folder.mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        for path in directory.iterdir():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copy(path, repository / "blobs" / digest)
+            (snapshot / path.name).symlink_to(repository / "blobs" / digest)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        return snapshot
+
+    def test_id_loads_from_the_cache(self, cache, checkpoint):
+        lm = jaxtune.load("org/tiny")
+        ids, _ = reference.batch()
+        np.testing.assert_array_equal(lm.logits(ids), jaxtune.load(checkpoint("gemma2")[1]).logits(ids))
+
+    def test_fingerprint_is_that_of_the_files(self, cache, checkpoint):
+        """Blobs are named by their SHA-256, which is taken as it stands: either way the model is the same."""
+        assert fingerprint(cache) == fingerprint(checkpoint("gemma2")[1])
+
+    @pytest.mark.usefixtures("cache")
+    def test_unknown_id_says_what_to_do(self):
+        with pytest.raises(NetworkError, match="Give a local directory"):
+            jaxtune.load("org/other")
+        with pytest.raises(MissingInputError, match="no such directory"):
+            jaxtune.load("org:bad id")
