@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             code = train(arguments.config, workdir, console, stop, record.start)
         except BaseException as error:
-            console.record(f"error: {error or type(error).__name__}")
+            console.record(f"error: {str(error) or type(error).__name__}")
             record.fail(error)
             raise
         record.end(code)
