@@ -145,13 +145,14 @@ def export(workdir: Path, base_name: str, base: Base, adapted: Adapted, trainabl
 
 def how_to_load(where: Path, base: Base, adapted: Adapted) -> str:
     """What to type to use the result in transformers and peft."""
+    dtype = str(jnp.dtype(base.model.dtype))
     if adapted.peft is None:
         return (
             f"The model is in {where}. To load it:\n"
-            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r})"
+            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype={dtype!r})"
         )
     return (
         f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r})\n"
+        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r}, dtype={dtype!r})\n"
         f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
     )

@@ -51,7 +51,13 @@ class LanguageModel:
             raise UserError(
                 "`labels` is for encoder-decoders and `task_id` for multitask prompts; this model is neither."
             )
-        tokens = np.asarray(input_ids, np.int32)
+        try:
+            tokens = np.asarray(input_ids, np.int32)
+        except (TypeError, ValueError):
+            raise UserError(
+                "input_ids must be integers of shape [B, T]. Rows of different lengths are padded, with attention_mask "
+                "0 there; texts go through `lm.tokenizer.encode`."
+            ) from None
         if tokens.ndim != 2:
             raise UserError(f"input_ids has shape {tokens.shape}; it must be [B, T].")
         vocabulary = self.base.model.config.vocab_size
@@ -67,7 +73,7 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: list[Any],
+        prompts: Any,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -79,6 +85,8 @@ class LanguageModel:
 
         if self.tokenizer is None:
             raise MissingInputError(f"{self.base.directory} has no tokenizer (tokenizer.json or tokenizer.model).")
+        if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+            raise UserError("`prompts` is a list of texts, or of chats; for one of them write generate([prompt]).")
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         sampling = Sampling(temperature, top_k, top_p)
         with jax.set_mesh(self.mesh):

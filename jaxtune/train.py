@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         record.end(code)
         if code == STOPPED:
-            console.say(f"Stopped and saved. To go on:\n  {arguments.command}")
+            console.say(f"Stopped; what was done is saved. To go on:\n  {arguments.command}")
         return code
 
 
@@ -71,19 +71,24 @@ def train(
 
     # ---------------------------------------------------------------- Data: tokenised before a weight is loaded
     base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, remat=c.train.remat == "full")
+    adapt.check_targets(plain["peft"], base)
     tokenizer = load_tokenizer(base.directory)
     rows, held, length = read_splits(c.data, tokenizer, console.say)
     prompts = read_prompts(c.data, tokenizer, c.evaluate.samples)
     size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
     end = rows_to_train(c.train, rows)
     total = math.ceil(end / size)
+    if c.optim.warmup_steps >= total:
+        console.say(
+            f"warning: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
+            "reaches `optim.learning_rate`"
+        )
 
     # ---------------------------------------------------------------- Devices
     mesh = meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     eval_size = c.evaluate.batch_size or size // turns
     meshes.check_batch(mesh, size // turns, "`train.global_batch_size` / `train.gradient_accumulation_steps`")
     meshes.check_batch(mesh, eval_size, "`evaluate.batch_size`")
-    adapt.check_targets(plain["peft"], base)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def put(batch: Batch, turns: int | None = None) -> dict[str, jax.Array]:
@@ -99,6 +104,8 @@ def train(
         )
         adapted = adapt.adapt(plain["peft"], base, mesh, dtype=c.model.dtype, seed=c.train.seed)
         console.say(f"{c.peft.method}: {tree.count(adapted.trainable):,} parameters train")
+        if c.peft.init_from and adapted.peft:
+            console.say(f"  from {c.peft.init_from}, with its settings: {adapted.peft.config}")
         schedule = optim.make_schedule(c.optim, total)
         optimiser = optim.make_optimiser(c.optim, schedule)
         state, frozen = make_state(optimiser, adapted.trainable, mesh), adapted.frozen

@@ -216,6 +216,7 @@ class TestRefusals:
             ({"bias": "some"}, "none, all, lora_only"),
             ({"target_modules": ["q_projj", "v_proj"]}, "Did you mean `q_proj`"),
             ({"target_modules": "(q_proj"}, "no regular expression"),
+            ({"target_modules": "q_proj"}, "A string is a regular expression for whole module paths"),
             ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, "of kind embedding"),
             ({"modules_to_save": ["lm_hed"]}, "Did you mean `lm_head`"),
             ({"modules_to_save": ["layers.0.mlp"]}, "in all layers or in none"),

@@ -92,7 +92,7 @@ SETTINGS = {
     "data.format=mesages": (64, "`data.format` is 'mesages'", "Did you mean `messages`?"),
     "data.max_length=4": (65, " rows: the answer lies beyond data.max_length", "Raise `data.max_length`"),
     "data.chat_template=gema": (64, "gema", "Did you mean `gemma`?"),
-    "model.id=./no-such-model": (66, "There is no directory './no-such-model'"),
+    "model.id=./no-such-model": (66, "`model.id` is './no-such-model', and there is no such directory"),
     f"data.train=https://user:{TOKEN}@host/x.jsonl": (64, "The command line holds", "a secret", "HF_TOKEN"),
     f"model.revision={TOKEN}": (64, "looks like a secret", "HF_TOKEN"),
 }
@@ -222,7 +222,7 @@ def test_the_weights_are_read_last(place, refused, tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "code", "words"),
     [
-        ("config.json", None, 66, ["config.json does not exist", "tokenizer.json"]),
+        ("config.json", None, 66, ["has no config.json", "tokenizer.json"]),
         ("config.json", "{", 64, ["config.json is not valid JSON"]),
         ("config.json", '{"model_type": "gemma9"}', 64, ["'gemma9'", "gemma2", "Did you mean"]),
         ("tokenizer.json", None, 66, ["has no tokenizer.json", "tokenizer_config.json"]),

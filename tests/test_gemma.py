@@ -185,6 +185,16 @@ class TestRefusals:
         with pytest.raises(UserError, match=message):
             jaxtune.load(copy)
 
+    def test_wrong_arguments_of_the_python_face(self, copy):
+        """One text is not a list of letters, ragged rows are not a matrix."""
+        lm = jaxtune.load(copy)
+        with pytest.raises(UserError, match="padded, with attention_mask 0"):
+            lm.logits([[2, 3], [2, 3, 4]])
+        lm.tokenizer = object()  # refused before it is used
+        for one in ("Hello", [{"role": "user", "content": "Hello"}]):
+            with pytest.raises(UserError, match=r"generate\(\[prompt\]\)"):
+                lm.generate(one)
+
     def test_ids_outside_the_vocabulary(self, copy):
         with pytest.raises(UserError, match="the vocabulary has 97"):
             jaxtune.load(copy).logits([[1, 97]])

@@ -236,7 +236,7 @@ def _bad_rows(source: str, bad: list[Dropped]) -> DataError:
     lines = "\n".join(f"  {source}:{row.where}: {row.why}" for row in bad)
     return DataError(
         f"{source} has rows that cannot be used. The first of them:\n{lines}\n"
-        "Correct them, or set `data.on_bad_row` to skip."
+        f"Correct them, or set `data.on_bad_row` to skip. {ADVICE['bad row']}"
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
+from jaxtune.errors import MissingInputError
 from jaxtune.hf.files import fingerprint, model_directory, read_json
 from jaxtune.hf.rows import Row, rows_of, sites_of
 from jaxtune.hf.weights import check_tensors, load_params, stored_tensors
@@ -42,6 +43,12 @@ class Base:
 def open_base(model_id: str, *, revision: str | None = None, dtype: str = "float32", remat: bool = False) -> Base:
     """Reads config.json and lays out the parameters; no weight is read and no memory taken."""
     directory = model_directory(model_id, revision)
+    if not (directory / "config.json").is_file():
+        inside = sorted(path.name for path in directory.iterdir())
+        raise MissingInputError(
+            f"`model.id` is {model_id!r}, and {directory} has no config.json: it is no model. It holds: "
+            f"{', '.join(inside[:20]) or 'nothing'}."
+        )
     return describe(model_id, directory, read_json(directory / "config.json"), dtype=dtype, remat=remat)
 
 

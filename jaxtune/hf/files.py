@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jaxtune.errors import MissingInputError, NetworkError, UserError
+from jaxtune.errors import MissingInputError, NetworkError, UserError, did_you_mean
 
 JSON_LIMIT = 64 * 2**20  # bytes; the largest honest index of a sharded checkpoint is a few MB
 NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "spiece.model", "*.jinja"]
@@ -34,7 +34,7 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
         parent = path.parent
         there = sorted(p.name for p in parent.iterdir() if p.is_dir())[:20] if parent.is_dir() else []
         raise MissingInputError(
-            f"There is no directory {model_id!r}. {parent} "
+            f"`model.id` is {model_id!r}, and there is no such directory.{did_you_mean(path.name, there)} {parent} "
             + (f"holds: {', '.join(there) or 'no directories'}." if parent.is_dir() else "does not exist either.")
         )
     import huggingface_hub

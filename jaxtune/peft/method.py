@@ -102,9 +102,15 @@ def require_match(found: Sequence[Any], asked_by: str, asked: Any, sites: Iterab
     if found:
         return
     names = list(dict.fromkeys(module.rsplit(".", 1)[-1] for s in sites for module in s.modules))
-    wrong = asked if isinstance(asked, str) else next(iter(asked), "")
+    if isinstance(asked, str):
+        hint = (
+            " A string is a regular expression for whole module paths, e.g. '.*q_proj'; names go in a list: "
+            f"--config.peft.{asked_by}=\"['q_proj','v_proj']\"."
+        )
+    else:
+        hint = did_you_mean(next(iter(asked), ""), names)
     raise UserError(
-        f"No module matches {asked_by} {asked!r}.{did_you_mean(wrong, names)}\n"
+        f"No module matches {asked_by} {asked!r}.{hint}\n"
         f"The model has: {', '.join(names)}. Set `config.peft.{asked_by}`."
     )
 
