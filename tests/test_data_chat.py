@@ -220,8 +220,8 @@ def test_a_template_at_fault_is_not_the_rows_fault():
         write("{{ messages[7].content.strip() }}", [USER])
 
 
-def test_the_clock_starts_anew_for_each_row(monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.3)
+def test_the_clock_starts_anew_for_each_row():
+    """Renderings that together take longer than one may; a collection of garbage in one of them takes less."""
     started = time.thread_time()
-    while time.thread_time() < started + 0.6:
+    while time.thread_time() < started + 1.5 * chat.MAX_SECONDS:
         assert write("{% for i in range(500) %}{% endfor %}ok", [USER]) == "ok"
