@@ -142,9 +142,8 @@ def train(
                 # ---------------------------------------------------- Before the first step
                 if start:
                     console.say(f"resumed at step {start} of {total}, row {cursor}")
-                else:
-                    if held:
-                        steps.evaluation(0, eval_loss())
+                elif held:
+                    steps.evaluation(0, eval_loss())
                 if prompts and not (start and evaluate.has_answers(workdir / "samples.jsonl", prompts)):
                     before = answers(adapted.trainable)
                     evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before)

@@ -4,13 +4,11 @@ Everything that picks, counts, saves or exports leaves does so by path.  A tree 
 together again with the structure it came from.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
-from jaxtune.errors import UserError, did_you_mean
 from jaxtune.typing import Tree
 
 
@@ -43,22 +41,6 @@ def nest(leaves: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = leaf
     return root
-
-
-def select(paths: Iterable[str], pattern: str, asked_by: str) -> list[str]:
-    """The paths that match a regular expression as a whole.
-
-    Raises:
-      UserError: none does; the message names `asked_by` (a config key) and what exists.
-    """
-    paths = list(paths)
-    chosen = [p for p in paths if re.fullmatch(pattern, p)]
-    if not chosen:
-        raise UserError(
-            f"`{asked_by}` is {pattern!r} and matches nothing.{did_you_mean(pattern, paths)}\n"
-            f"There is: {', '.join(paths)}."
-        )
-    return chosen
 
 
 def count(tree: Tree) -> int:

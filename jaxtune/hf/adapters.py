@@ -5,7 +5,6 @@ been trained.  Here every tensor must be accounted for, in both directions.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from safetensors.numpy import save_file
 from jaxtune import __version__, tree
 from jaxtune import mesh as meshes
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
-from jaxtune.hf.files import open_safetensors, read_json
+from jaxtune.hf.files import open_safetensors, read_json, replaced_directory
 from jaxtune.models import gemma_hf
 from jaxtune.peft import BY_PEFT_TYPE, saved
 from jaxtune.peft.method import Site, read_config
@@ -86,27 +85,22 @@ def load_adapter(directory: Path, sites: Sequence[Site]) -> PeftAdapter:
     method = BY_PEFT_TYPE[peft_type]
     config = read_config(method.LoraConfig, values, method.NEUTRAL, str(directory / "adapter_config.json"))
     tensors = read_tensors(directory)
-    unused = set(tensors)
+    stored, known = len(tensors), list(tensors)
     by_path = {site.path: site for site in sites}
     adapters: dict[str, Any] = {}
     try:
         for path, ranks in method.plan(sites, config).items():
             adapters[path] = method.from_peft(by_path[path], ranks, config, tensors)
-            for module, rank in zip(by_path[path].modules, ranks, strict=True):
-                if rank:
-                    unused -= {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
         for site in saved.choose(sites, config.modules_to_save):
-            names = [f"{module}.weight" for module in site.modules]
-            adapters[site.path] = saved_from_peft(site, [tensors[n] for n in names])
-            unused -= set(names)
+            adapters[site.path] = saved.from_peft(site, tensors)
     except KeyError as error:
         raise UserError(
             f"{directory} has no tensor {error.args[0]!r}, which its config asks for on this model."
-            f"{did_you_mean(error.args[0], tensors)} It has {len(tensors)} tensors; is it for another base model?"
+            f"{did_you_mean(error.args[0], known)} It has {stored} tensors; is it for another base model?"
         ) from None
-    if unused:
-        listed = "\n".join(f"  {name}" for name in sorted(unused)[:5])
-        raise UserError(f"{directory} has {len(unused)} tensors that its config and this model do not use:\n{listed}")
+    if tensors:  # each was taken out as it was used
+        listed = "\n".join(f"  {name}" for name in sorted(tensors)[:5])
+        raise UserError(f"{directory} has {len(tensors)} tensors that its config and this model do not use:\n{listed}")
     return PeftAdapter(method, config, adapters, values.get("base_model_name_or_path"))
 
 
@@ -114,23 +108,6 @@ def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> Tree:
     """Boxed adapters by path to a nested tree on the mesh, each sharded as its weight is."""
     nested = tree.nest(dict(boxed))
     return jax.device_put(nn.unbox(nested), meshes.shardings(mesh, nested))
-
-
-def saved_from_peft(site: Site, values: Sequence[np.ndarray]) -> saved.Saved:
-    """A `modules_to_save` weight from PEFT's per-layer tensors.
-
-    Raises:
-      UserError: a shape that is not the site's.
-    """
-    shape = site.shape[1:] if site.stacked else site.shape
-    turned = [v.T if site.kind == "linear" else v for v in values]
-    for module, value in zip(site.modules, turned, strict=True):
-        if value.shape != shape:
-            raise UserError(
-                f"The adapter's {module}.weight has shape {list(value.shape)}; the model's is {list(shape)}."
-            )
-    value = np.stack(turned) if site.stacked else turned[0]
-    return saved.Saved(nn.LogicallyPartitioned(value, site.axes))
 
 
 def adapter_tensors(adapters: Mapping[str, Any], sites: Sequence[Site], text_prefix: str = "") -> dict[str, np.ndarray]:
@@ -144,9 +121,7 @@ def adapter_tensors(adapters: Mapping[str, Any], sites: Sequence[Site], text_pre
         if adapter is None:
             continue
         for layer, module in enumerate(site.modules):
-            for suffix, value in adapter.to_peft(layer if site.stacked else None).items():
-                whole = isinstance(adapter, saved.Saved)
-                value = value.T if whole and site.kind == "linear" else value
+            for suffix, value in adapter.to_peft(site, layer).items():
                 name = module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
                 tensors[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value, dtype=np.float32)
     return tensors
@@ -161,7 +136,6 @@ def save_adapter(
     base: str,
     *,
     text_prefix: str = "",
-    readme: str = "",
 ) -> None:
     """Writes a PEFT directory in one piece: beside it first, then renamed.
 
@@ -183,14 +157,10 @@ def save_adapter(
         "auto_mapping": None,
         "revision": None,
     }
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    (temporary / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
-    (temporary / "README.md").write_text(readme or card(base, peft_type))
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    with replaced_directory(directory) as new:
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        (new / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
+        (new / "README.md").write_text(card(base, peft_type))
 
 
 def exported_targets(asked: Any, tensors: Mapping[str, Any], text_prefix: str) -> Any:

@@ -61,9 +61,7 @@ def describe(model_id: str, directory: Path, hf_config: dict[str, Any], *, dtype
     return Base(model_id, directory, hf_config, model, abstract, rows, sites_of(rows, tied=model.config.tied))
 
 
-def load_base(
-    base: Base, mesh: Mesh, dtype: Callable[[str], Any], on_leaf: Callable[[str], None] = lambda path: None
-) -> Tree:
+def load_base(base: Base, mesh: Mesh, dtype: Callable[[str], Any]) -> Tree:
     """The base's parameters on the mesh; `dtype` gives each one's by path.
 
     Raises:
@@ -71,4 +69,4 @@ def load_base(
     """
     stored = stored_tensors(base.directory)
     check_tensors(base.rows, stored, base.directory, tied=base.model.config.tied)
-    return load_params(base.rows, stored, meshes.shardings(mesh, base.abstract), dtype, on_leaf)
+    return load_params(base.rows, stored, meshes.shardings(mesh, base.abstract), dtype)

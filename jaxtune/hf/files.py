@@ -4,8 +4,11 @@ Errors name the file and what it should have held.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +146,14 @@ def fingerprint(directory: Path) -> str:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest, paths))
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def replaced_directory(directory: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes `directory`'s place at the end: an interrupted save leaves no half."""
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)

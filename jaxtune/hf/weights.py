@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from jaxtune import tree
 from jaxtune.errors import UserError, did_you_mean
-from jaxtune.hf.files import open_safetensors, weight_files
+from jaxtune.hf.files import open_safetensors, replaced_directory, weight_files
 from jaxtune.hf.rows import Row
 from jaxtune.models import gemma_hf
 from jaxtune.typing import Tree
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": "bfloat16", "F64": np.float64}
+DTYPES = ("F32", "F16", "BF16", "F64")
 
 # Tensors that some checkpoints carry and no model needs: recomputed from the config.
 BUFFERS = (".rotary_emb.inv_freq",)
@@ -97,12 +97,11 @@ def load_params(
     stored: Mapping[str, Stored],
     shardings: Tree,
     dtype: Callable[[str], Any],
-    on_leaf: Callable[[str], None] = lambda path: None,
 ) -> Tree:
     """The parameters of a checkpoint as sharded arrays.
 
     Args:
-      shardings: one per parameter.  dtype: of a parameter, by path.  on_leaf: called after each, for a progress line.
+      shardings: one per parameter.  dtype: of a parameter, by path.
     """
     where = tree.flatten(shardings)
     leaves = {}
@@ -112,53 +111,45 @@ def load_params(
             return read_part(row, stored, index, dtype(row.path))
 
         leaves[row.path] = jax.make_array_from_callback(row.shape, where[row.path], part)
-        on_leaf(row.path)
     return tree.nest(leaves)
 
 
 def save_params(
     directory: Path, rows: list[Row], params: Tree, source: Path, *, dtype: Any, shard_bytes: int = 4 * 2**30
 ) -> None:
-    """Writes a Hugging Face checkpoint: weights in shards, config and tokenizer files copied from `source`.
+    """Writes a Hugging Face checkpoint: weights in shards, config and tokenizer files copied from `source`."""
+    with replaced_directory(directory) as new:
+        for path in source.iterdir():
+            weights = path.name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".index.json"))
+            if path.is_file() and not weights and path.name != "README.md":
+                shutil.copy(path, new / path.name)
 
-    Everything goes to a directory beside `directory`, which is then renamed: an interrupted save leaves no half model.
-    """
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for path in source.iterdir():
-        weights = path.name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".index.json"))
-        if path.is_file() and not weights and path.name != "README.md":
-            shutil.copy(path, temporary / path.name)
-
-    leaves = tree.flatten(params)
-    sizes = [(row, layer) for row in rows for layer in range(len(row.names))]
-    shards: list[list[tuple[Row, int]]] = [[]]
-    filled = 0
-    for row, layer in sizes:
-        size = int(np.prod(row.tensor_shape)) * np.dtype(dtype).itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((row, layer))
-        filled += size
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for row, layer in shard:
-            leaf = leaves[row.path]
-            value = np.asarray(leaf[layer] if row.stacked else leaf).astype(dtype)
-            tensors[row.names[layer]] = np.ascontiguousarray(value.T if row.transposed else value)
-            weight_map[row.names[layer]] = name
-            total += value.nbytes
-        save_file(tensors, temporary / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config = json.loads((source / "config.json").read_text())
-    config[("dtype" if "dtype" in config else "torch_dtype")] = np.dtype(dtype).name
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+        leaves = tree.flatten(params)
+        sizes = [(row, layer) for row in rows for layer in range(len(row.names))]
+        shards: list[list[tuple[Row, int]]] = [[]]
+        filled = 0
+        for row, layer in sizes:
+            size = int(np.prod(row.tensor_shape)) * np.dtype(dtype).itemsize
+            if shards[-1] and filled + size > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append((row, layer))
+            filled += size
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for row, layer in shard:
+                leaf = leaves[row.path]
+                value = np.asarray(leaf[layer] if row.stacked else leaf).astype(dtype)
+                tensors[row.names[layer]] = np.ascontiguousarray(value.T if row.transposed else value)
+                weight_map[row.names[layer]] = name
+                total += value.nbytes
+            save_file(tensors, new / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        config = json.loads((source / "config.json").read_text())
+        config[("dtype" if "dtype" in config else "torch_dtype")] = np.dtype(dtype).name
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")

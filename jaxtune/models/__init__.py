@@ -6,9 +6,10 @@ This file imports no jax, so that `torch_gpu` can read the Hugging Face tables (
 from typing import Any
 
 from jaxtune.errors import UserError, did_you_mean
+from jaxtune.models import gemma_hf
 
 # model_type -> family module: `jaxtune.models.<name>` (Flax) and `jaxtune.models.<name>_hf` (names and config keys).
-FAMILIES = {"gemma": "gemma", "gemma2": "gemma", "gemma3": "gemma", "gemma3_text": "gemma"}
+FAMILIES = dict.fromkeys(gemma_hf.FAMILIES, "gemma")
 
 
 def family_of(hf_config: dict[str, Any]) -> str:
@@ -29,7 +30,7 @@ def family_of(hf_config: dict[str, Any]) -> str:
 def build(hf_config: dict[str, Any], *, dtype: Any, remat: bool = False) -> Any:
     """The Flax module of a parsed config.json, its activations in `dtype`."""
     family_of(hf_config)
-    from jaxtune.models import gemma, gemma_hf
+    from jaxtune.models import gemma
 
     arguments = gemma_hf.config_from_hf(hf_config)
     arguments["ropes"] = tuple(gemma.Rope(*rope) for rope in arguments["ropes"])

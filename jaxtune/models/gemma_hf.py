@@ -83,8 +83,7 @@ ROWS: dict[str, tuple[str, str]] = {
 # Gemma 1 has no norm after attention: what it calls post_attention_layernorm stands before the MLP.
 GEMMA1_ROWS = {"layers/pre_mlp_norm/scale": ("model.layers.{i}.post_attention_layernorm.weight", "D")}
 
-# Where multimodal Gemma 3 checkpoints keep the text tower (transformers < 4.52, and since), and what they hold besides.
-TEXT_PREFIXES = ("language_model.", "model.language_model.")
+# What multimodal Gemma 3 checkpoints hold besides the text tower (transformers < 4.52, and since).
 OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -131,7 +131,7 @@ class Lora:
             x = jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
         return y + matmul(matmul(x, self.a).astype(x.dtype), self.b) * self.scale.value
 
-    def to_peft(self, layer: int) -> dict[str, np.ndarray]:
+    def to_peft(self, site: Site, layer: int) -> dict[str, np.ndarray]:
         """The tensors of one layer by PEFT's suffix; empty where the layer has no adapter."""
         r = self.ranks[layer]
         if r == 0:
@@ -195,11 +195,10 @@ def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str,
         key_a, key_b = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF))
         live = jnp.asarray(np.arange(size)[None] < np.array(ranks)[:, None], jnp.float32)  # [L, R]
         per_layer = np.maximum(np.array(ranks, np.float32), 1)[:, None, None]
-        uniform_a = jax.random.uniform(key_a, (len(ranks), rows, size), minval=-1.0, maxval=1.0) * rows**-0.5
         if config.init_lora_weights == "gaussian":
             a = jax.random.normal(key_a, (len(ranks), rows, size)) / jnp.asarray(per_layer)
         else:
-            a = uniform_a
+            a = jax.random.uniform(key_a, (len(ranks), rows, size), minval=-1.0, maxval=1.0) * rows**-0.5
         b = jnp.zeros((len(ranks), size, columns))
         if config.init_lora_weights is False:
             b = jax.random.uniform(key_b, b.shape, minval=-1.0, maxval=1.0) / jnp.sqrt(jnp.asarray(per_layer))
@@ -220,8 +219,8 @@ def scales(site: Site, ranks: Sequence[int], config: LoraConfig) -> np.ndarray:
     return np.array([alpha / divisor for alpha, divisor in zip(alphas, divisors, strict=True)], np.float32)
 
 
-def from_peft(site: Site, ranks: tuple[int, ...], config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> Lora:
-    """One site's adapter from PEFT's tensors, which are taken by full module name + suffix.
+def from_peft(site: Site, ranks: tuple[int, ...], config: LoraConfig, tensors: MutableMapping[str, np.ndarray]) -> Lora:
+    """One site's adapter from PEFT's tensors, which are taken out by full module name + suffix.
 
     Raises:
       KeyError: a tensor is missing.  UserError: one has another shape than rank and weight say.
@@ -236,12 +235,12 @@ def from_peft(site: Site, ranks: tuple[int, ...], config: LoraConfig, tensors: M
             (f"{module}.lora_A.weight", (r, rows), a[layer, :, :r]),
             (f"{module}.lora_B.weight", (columns, r), b[layer, :r]),
         ):
-            if tensors[name].shape != shape:
+            tensor = tensors.pop(name)
+            if tensor.shape != shape:
                 raise UserError(
-                    f"The adapter's {name} has shape {list(tensors[name].shape)}; "
-                    f"rank {r} on this model needs {list(shape)}."
+                    f"The adapter's {name} has shape {list(tensor.shape)}; rank {r} on this model needs {list(shape)}."
                 )
-            into[...] = tensors[name].astype(np.float32).T
+            into[...] = tensor.T
     box = nn.LogicallyPartitioned
     return Lora(
         a=box(a, (site.axes[0], site.axes[1], "rank")),

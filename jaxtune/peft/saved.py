@@ -3,11 +3,10 @@
 With tied embeddings a copy of `embed_tokens` does not reach the output head nor the other way round, as in PEFT.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -29,10 +28,10 @@ class Saved:
     def weight(self, w):
         return self.value
 
-    def to_peft(self, layer: int | None) -> dict[str, np.ndarray]:
-        """{'.weight': tensor} of one layer, still in our orientation's transpose (see `hf.adapters`)."""
-        value = np.asarray(self.value if layer is None else self.value[layer])
-        return {"weight": value}
+    def to_peft(self, site: Site, layer: int) -> dict[str, np.ndarray]:
+        """The tensor of one layer by PEFT's suffix."""
+        value = np.asarray(self.value[layer] if site.stacked else self.value)
+        return {"weight": value.T if site.kind == "linear" else value}
 
 
 def choose(sites: Sequence[Site], modules_to_save: Sequence[str] | None) -> list[Site]:
@@ -66,5 +65,20 @@ def init(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[str, Saved]:
     return copies
 
 
-def abstract(sites: Sequence[Site]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {s.path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for s in sites}
+def from_peft(site: Site, tensors: MutableMapping[str, np.ndarray]) -> Saved:
+    """One site's weight from PEFT's tensors, which are taken out by module name.
+
+    Raises:
+      KeyError: a tensor is missing.  UserError: one has not the site's shape.
+    """
+    shape = site.shape[1:] if site.stacked else site.shape
+    values = []
+    for module in site.modules:
+        value = tensors.pop(f"{module}.weight")
+        value = value.T if site.kind == "linear" else value
+        if value.shape != shape:
+            raise UserError(
+                f"The adapter's {module}.weight has shape {list(value.shape)}; the model's is {list(shape)}."
+            )
+        values.append(value)
+    return Saved(nn.LogicallyPartitioned(np.stack(values) if site.stacked else values[0], site.axes))
