@@ -1,5 +1,6 @@
 """The numbers of a run exactly once, whatever kills it; and a screen that is tidy wherever it is."""
 
+import contextlib
 import io
 import json
 import os
@@ -121,18 +122,24 @@ def test_kill_9_loses_no_line_that_was_written(tmp_path):
     assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == list(range(1, last + 2))
 
 
-@pytest.fixture
-def full_disk():
-    """A function after whose call no file can grow over so many bytes."""
+@contextlib.contextmanager
+def full_disk(limit):
+    """No file can grow over so many bytes.  pytest's own output may be such a file, so this ends inside the test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path, full_disk):
+def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path):
     screen = io.StringIO()
-    with Console(tmp_path / "log.txt", screen) as console, MetricsLog(tmp_path, None, True, console.say) as log:
-        full_disk(2000)
+    with (
+        Console(tmp_path / "log.txt", screen) as console,
+        MetricsLog(tmp_path, None, True, console.say) as log,
+        full_disk(2000),
+    ):
         for step in range(1, 100):
             train(log, step)
             console.say("a line")
