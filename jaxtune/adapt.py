@@ -20,7 +20,7 @@ from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters, save_
 from jaxtune.hf.base import Base, load_base
 from jaxtune.hf.weights import save_params
 from jaxtune.peft import METHODS, saved
-from jaxtune.peft.method import is_trainable, read_config
+from jaxtune.peft.method import Start, is_trainable, read_config
 from jaxtune.typing import Tree
 
 
@@ -53,7 +53,7 @@ def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
         if isinstance(values.get(pattern), list):
             values[pattern] = dict(values[pattern])
     method = METHODS[name]
-    return method, read_config(method.LoraConfig, values, method.NEUTRAL, "`config.peft`")
+    return method, read_config(method.Config, values, method.NEUTRAL, "`config.peft`")
 
 
 def check_targets(section: dict[str, Any], base: Base) -> None:
@@ -62,7 +62,7 @@ def check_targets(section: dict[str, Any], base: Base) -> None:
     if section["init_from"]:
         load_first(section, base)
     elif method is not None:
-        method.plan(base.sites, config)
+        method.plan(base.layout, config)
         saved.choose(base.sites, config.modules_to_save)
 
 
@@ -74,7 +74,7 @@ def load_first(section: dict[str, Any], base: Base) -> PeftAdapter:
     """
     if section["method"] == "full":
         raise UserError("`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`.")
-    peft = load_adapter(Path(section["init_from"]).expanduser(), base.sites)
+    peft = load_adapter(Path(section["init_from"]).expanduser(), base.layout)
     if peft.method is not METHODS[section["method"]]:
         raise UserError(
             f"`peft.init_from` {section['init_from']} is of type {peft.method.PEFT_TYPE}, and `peft.method` is "
@@ -87,8 +87,9 @@ def fresh_adapters(method: Any, config: Any, base: Base, mesh: Mesh, params: Tre
     """The method's initial adapters, each made where its weight's axes say, never whole on one device."""
 
     def init(key: jax.Array, flat: dict[str, jax.Array]) -> Tree:
-        whole = saved.init(saved.choose(base.sites, config.modules_to_save), flat)
-        return tree.nest(method.init(key, base.sites, config) | whole)
+        start = Start(flat)
+        whole = saved.init(saved.choose(base.sites, config.modules_to_save), start)
+        return tree.nest(method.init(key, base.layout, config, start) | whole)
 
     key, flat = jax.random.key(seed), tree.flatten(params)
     where = meshes.shardings(mesh, jax.eval_shape(init, key, flat))
@@ -130,16 +131,8 @@ def export(workdir: Path, base_name: str, base: Base, adapted: Adapted, trainabl
     if adapted.peft is None:
         save_params(workdir / "model", base.rows, variables["params"], base.directory, dtype=base.model.dtype)
         return workdir / "model"
-    peft_type = adapted.peft.method.PEFT_TYPE
-    save_adapter(
-        workdir / "adapter",
-        variables["adapters"],
-        base.sites,
-        adapted.peft.config,
-        peft_type,
-        base_name,
-        text_prefix=base.text_prefix,
-    )
+    prefix = base.text_prefix
+    save_adapter(workdir / "adapter", variables["adapters"], base.layout, adapted.peft, base_name, text_prefix=prefix)
     return workdir / "adapter"
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
@@ -153,12 +154,20 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        code = last_words(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        code = last_words("interrupted", 130)
     sys.exit(code or 0)
+
+
+def last_words(text: str, code: int) -> int:
+    """Says why a command ends, and returns its exit code: also where the screen is a file on the disk that is full,
+    since Python would end with another code if it could not write at its exit."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    return code
 
 
 def run_command() -> None:

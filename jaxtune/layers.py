@@ -1,7 +1,8 @@
 """The layers every model is built of, and the doorways at which adapters are read.
 
 A layer knows no method.  It looks up its own adapter by name in the collection `adapters` and, where one is there,
-hands it what it has: `Linear` calls `adapter.linear(x, y, w, rng)`, every other parameter `adapter.weight(w)`.
+hands it what it has: `Linear` calls `adapter.linear(x, y, w, rng)`, the embedding `adapter.embed(table, tokens)`, a
+norm and the head `adapter.weight(w)`.
 
 Shapes: N rows of a flattened batch (B*T), I and O the sides of a kernel, D width, V vocabulary.
 """
@@ -96,7 +97,7 @@ def _table(module: nn.Module, vocab: int, features: int) -> Float[Array, "V D"]:
 
 
 class Embedding(nn.Module):
-    """The [V, D] matrix whose rows are looked up; `base` is the same without its adapter, for a tied head."""
+    """The [V, D] matrix whose rows are looked up."""
 
     vocab: int
     features: int
@@ -104,9 +105,17 @@ class Embedding(nn.Module):
     def setup(self):
         self.base = _table(self, self.vocab, self.features)
 
-    def __call__(self) -> Float[Array, "V D"]:
+    def __call__(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        """Rows of the table, times sqrt(D) rounded to the activations' dtype as transformers does."""
         adapter = adapter_of(self, "table")
-        return self.base if adapter is None else adapter.weight(self.base)
+        rows = jnp.take(self.base, tokens, axis=0, mode="clip") if adapter is None else adapter.embed(self.base, tokens)
+        return rows.astype(dtype) * jnp.asarray(self.features**0.5, dtype)
+
+    def tied(self) -> Float[Array, "V D"]:
+        """The table of a head that is tied to it.  As in PEFT an adapter does not reach it, unless its rows are the
+        tokens' own (`ties`)."""
+        adapter = adapter_of(self, "table")
+        return adapter.weight(self.base) if getattr(adapter, "ties", False) else self.base
 
 
 class Head(nn.Module):
@@ -120,12 +129,6 @@ class Head(nn.Module):
         table = _table(self, self.vocab, self.features) if tied_to is None else tied_to
         adapter = adapter_of(self, "table")
         return table if adapter is None else adapter.weight(table)
-
-
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-    """Rows of the table, times sqrt(D) rounded to the activations' dtype as transformers does."""
-    x = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
-    return x * jnp.asarray(table.shape[1] ** 0.5, dtype)
 
 
 def output_logits(

@@ -108,9 +108,8 @@ class LanguageModel:
         save_adapter(
             Path(directory),
             self.variables["adapters"],
-            self.base.sites,
-            self.peft.config,
-            self.peft.method.PEFT_TYPE,
+            self.base.layout,
+            self.peft,
             self.peft.base or self.base.id,
             text_prefix=self.base.text_prefix,
         )
@@ -153,7 +152,7 @@ def load(
         raise UserError(f"dtype is {dtype!r}. It can be: float32, bfloat16, float16.")
     mesh = mesh or meshes.make_mesh(1, 1, 1, jax.devices()[:1])
     base = open_base(str(model_id), dtype=dtype)
-    peft = None if adapter is None else load_adapter(Path(adapter), base.sites)
+    peft = None if adapter is None else load_adapter(Path(adapter), base.layout)
     variables = {"params": load_base(base, mesh, lambda path: jnp.dtype(dtype))}
     if peft is not None:
         variables["adapters"] = place_adapters(mesh, peft.adapters)

@@ -12,6 +12,7 @@ import pytest
 import tiny_run
 
 from jaxtune import cli, rundir, train
+from jaxtune.errors import MissingInputError
 
 SCREEN = 15  # lines
 TOKEN = "hf_" + "cAnArY" * 6
@@ -299,3 +300,9 @@ def test_a_refusal_as_a_user_sees_it(place, tmp_path):
     assert "Traceback" not in err and len(err.splitlines()) < SCREEN
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or TOKEN not in file.read_text()
+
+
+def test_the_exit_code_survives_a_screen_on_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "jaxtune.train", "--config", "absent.py"], stderr=full)
+    assert done.returncode == MissingInputError.exit_code

@@ -175,10 +175,12 @@ STOPS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    # A shell script's `&` has SIGINT ignored, and so would every process started here.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell script's `&` has SIGINT ignored and nohup SIGHUP, and so would every process started here.
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield tiny_run.make(tmp_path_factory.mktemp("place"))
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +261,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(chains, reference):
     # A killed run has had no time to say so.
     assert ended["commit 3"].run["status"] == "running"
     newest = ended["commit 3"].checkpoints[-1]
-    assert f"resumed at step {newest} of 24, row {8 * newest}" in ended["random 5"].said
+    assert f"resumed at step {newest} of {STEPS}, row {8 * newest}" in ended["random 5"].said
     assert_same_run(workdir, reference)
 
 
@@ -268,7 +270,7 @@ def test_a_rotten_checkpoint_is_set_aside_and_the_one_before_it_used(chains, ref
     said = ended["rotten"].said
     *_, older, newest = ended["commit 12"].checkpoints
     assert f"checkpoint {newest} is damaged" in said and "SHA-256" in said
-    assert f"resumed at step {older} of 24" in said
+    assert f"resumed at step {older} of {STEPS}" in said
     assert [p.name for p in (workdir / "checkpoints" / "quarantine").iterdir()] == [str(newest)]
     assert_same_run(workdir, reference)
 
@@ -283,7 +285,7 @@ def test_one_signal_saves_and_stops(chains, reference):
         assert said.rstrip().endswith(run["resume_command"])
     assert ended["term"].logged < ended["hup"].logged < ended["int"].logged
     # The resumed runs went on from the stops.
-    assert f"resumed at step {ended['term'].logged} of 24" in ended["full"].said
+    assert f"resumed at step {ended['term'].logged} of {STEPS}" in ended["full"].said
     assert_same_run(workdir, reference)
 
 
@@ -294,7 +296,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(chains):
     assert "could not be written" in run["error"] and run["error"] in said and "run the same command again" in said
     assert checkpoints[-1] >= ended["term"].checkpoints[-1]
     # The next start found room, and no trace of the half save.
-    assert f"resumed at step {checkpoints[-1]} of 24" in ended["hup"].said
+    assert f"resumed at step {checkpoints[-1]} of {STEPS}" in ended["hup"].said
 
 
 def test_a_signal_before_the_first_step_stops_at_once(chains):
@@ -308,7 +310,7 @@ def test_the_second_signal_ends_the_run_at_once(chains):
     assert ended["twice"].code == 130
     # It had not gone on yet, and what was saved is still there.
     assert ended["twice"].checkpoints == ended["int"].checkpoints
-    assert f"resumed at step {ended['int'].logged} of 24" in ended["finish"].said
+    assert f"resumed at step {ended['int'].logged} of {STEPS}" in ended["finish"].said
 
 
 def test_a_finished_run_started_again_changes_nothing(place, reference, tmp_path):
@@ -333,9 +335,9 @@ def edit(place: Place, tmp_path: Path) -> str:
 # Settings; the error; and lines of its table: key, was, is.
 CHANGES = {
     "settings": (
-        ["optim.learning_rate=1e-3", "train.seed=1", "train.steps=30"],
+        ["optim.learning_rate=1e-3", "train.seed=1", "train.steps=60"],
         (UserError, 64),
-        ["optim.learning_rate 0.005 0.001", "train.seed 0 1", "train.steps 24 30"],
+        ["optim.learning_rate 0.005 0.001", "train.seed 0 1", f"train.steps {STEPS} 60"],
     ),
     "rank": (["peft.r=8"], (UserError, 64), ["peft.r 4 8"]),
     "rows": ([], (DataError, 65), ["rows 60 rows, "]),

@@ -5,7 +5,7 @@ been trained.  Here every tensor must be accounted for, in both directions.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from jaxtune.errors import MissingInputError, UserError, did_you_mean
 from jaxtune.hf.files import open_safetensors, read_json, replaced_directory
 from jaxtune.models import gemma_hf
 from jaxtune.peft import BY_PEFT_TYPE, saved
-from jaxtune.peft.method import Site, read_config
+from jaxtune.peft.method import Layout, read_config
 from jaxtune.typing import Tree
 
 PREFIX = "base_model.model."
@@ -37,8 +37,11 @@ class PeftAdapter(NamedTuple):
     base: str | None  # base_model_name_or_path, as written; never followed
 
 
-def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+def read_tensors(directory: Path, own_names: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The tensors of an adapter by the table's module names.
+
+    Args:
+      own_names: those that belong to no module, as `prompt_embeddings`.
 
     Raises:
       MissingInputError: no safetensors there.  UserError: damaged, not floats, or not finite.
@@ -53,8 +56,8 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
         )
     file, tensors = open_safetensors(path), {}
     for name in file.keys():  # noqa: SIM118
-        if not name.startswith(PREFIX):
-            raise UserError(f"{path}: tensor {name!r} does not start with {PREFIX!r}, as PEFT's LoRA tensors do.")
+        if name not in own_names and not name.startswith(PREFIX):
+            raise UserError(f"{path}: tensor {name!r} does not start with {PREFIX!r}, as PEFT's do.")
         # Files written by old peft versions keep the adapter's name in the middle.
         canonical = gemma_hf.canonical(name.removeprefix(PREFIX).replace(".default.", "."))
         value = file.get_tensor(name)
@@ -69,8 +72,8 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def load_adapter(directory: Path, sites: Sequence[Site]) -> PeftAdapter:
-    """Reads a PEFT directory for a model with these sites.
+def load_adapter(directory: Path, layout: Layout) -> PeftAdapter:
+    """Reads a PEFT directory for a model of this layout.
 
     Raises:
       MissingInputError, UserError: naming the key, the tensor or the shape that does not fit.
@@ -83,15 +86,12 @@ def load_adapter(directory: Path, sites: Sequence[Site]) -> PeftAdapter:
             + did_you_mean(str(peft_type), BY_PEFT_TYPE)
         )
     method = BY_PEFT_TYPE[peft_type]
-    config = read_config(method.LoraConfig, values, method.NEUTRAL, str(directory / "adapter_config.json"))
-    tensors = read_tensors(directory)
+    config = read_config(method.Config, values, method.NEUTRAL, str(directory / "adapter_config.json"))
+    tensors = read_tensors(directory, own_names(method))
     stored, known = len(tensors), list(tensors)
-    by_path = {site.path: site for site in sites}
-    adapters: dict[str, Any] = {}
     try:
-        for path, ranks in method.plan(sites, config).items():
-            adapters[path] = method.from_peft(by_path[path], ranks, config, tensors)
-        for site in saved.choose(sites, config.modules_to_save):
+        adapters = method.from_peft(layout, config, tensors)
+        for site in saved.choose(layout.sites, config.modules_to_save):
             adapters[site.path] = saved.from_peft(site, tensors)
     except KeyError as error:
         raise UserError(
@@ -104,52 +104,60 @@ def load_adapter(directory: Path, sites: Sequence[Site]) -> PeftAdapter:
     return PeftAdapter(method, config, adapters, values.get("base_model_name_or_path"))
 
 
+def own_names(method: Any) -> Collection[str]:
+    """Tensors of a method that belong to no module."""
+    return getattr(method, "OWN_NAMES", ())
+
+
 def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> Tree:
     """Boxed adapters by path to a nested tree on the mesh, each sharded as its weight is."""
     nested = tree.nest(dict(boxed))
     return jax.device_put(nn.unbox(nested), meshes.shardings(mesh, nested))
 
 
-def adapter_tensors(adapters: Mapping[str, Any], sites: Sequence[Site], text_prefix: str = "") -> dict[str, np.ndarray]:
+def by_path(adapters: Tree) -> dict[str, Any]:
+    """{path: adapter} of a nested tree of them."""
+    return tree.flatten(adapters, is_leaf=lambda x: hasattr(x, "to_peft"))
+
+
+def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: str = "") -> dict[str, np.ndarray]:
     """PEFT's tensors of a set of adapters ({path: adapter}, unboxed), by PEFT's names.
 
     text_prefix: what stands between `model.` and `layers` in a multimodal checkpoint ("language_model.").
     """
-    tensors = {}
-    for site in sites:
-        adapter = adapters.get(site.path)
-        if adapter is None:
+    sites = {site.path: site for site in layout.sites}
+    tensors: dict[str, np.ndarray] = {}
+    for path, adapter in adapters.items():
+        if path not in sites:
+            tensors |= adapter.to_peft()
             continue
-        for layer, module in enumerate(site.modules):
-            for suffix, value in adapter.to_peft(site, layer).items():
+        for layer, module in enumerate(sites[path].modules):
+            for suffix, value in adapter.to_peft(sites[path], layer).items():
                 name = module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
-                tensors[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(value, dtype=np.float32)
-    return tensors
+                tensors[f"{PREFIX}{name}.{suffix}"] = value
+    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in tensors.items()}
 
 
 def save_adapter(
-    directory: Path,
-    adapters: Tree,
-    sites: Sequence[Site],
-    config: Any,
-    peft_type: str,
-    base: str,
-    *,
-    text_prefix: str = "",
+    directory: Path, adapters: Tree, layout: Layout, peft: PeftAdapter, base: str, *, text_prefix: str = ""
 ) -> None:
     """Writes a PEFT directory in one piece: beside it first, then renamed.
+
+    Args:
+      adapters: the nested tree on the mesh, which may have been trained since `peft` was read.
+      base: `base_model_name_or_path`.
 
     Raises:
       UserError: a value that is not finite: such an adapter is never written.
     """
-    flat = tree.flatten(adapters, is_leaf=lambda x: hasattr(x, "to_peft"))
-    tensors = adapter_tensors(flat, sites, text_prefix)
+    flat = by_path(adapters)
+    tensors = adapter_tensors(flat, layout, text_prefix)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if bad or not tensors:
         raise UserError(f"The adapter is not written: {bad[0] + ' is not finite' if bad else 'it has no tensors'}.")
+    peft_type = peft.method.PEFT_TYPE
     values = {
-        **vars(config),
-        "target_modules": exported_targets(config.target_modules, tensors, text_prefix),
+        **peft.method.to_config(layout, peft.config, flat),
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -157,22 +165,30 @@ def save_adapter(
         "auto_mapping": None,
         "revision": None,
     }
+    if "target_modules" in values:
+        values["target_modules"] = exported_targets(values["target_modules"], layout, flat, text_prefix)
     with replaced_directory(directory) as new:
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
         (new / "README.md").write_text(card(base, peft_type))
 
 
-def exported_targets(asked: Any, tensors: Mapping[str, Any], text_prefix: str) -> Any:
+def exported_targets(asked: Any, layout: Layout, adapters: Mapping[str, Any], text_prefix: str) -> Any:
     """`target_modules` as other loaders understand it: names instead of "all-linear" or a family's default.
 
     In a multimodal checkpoint the same names stand in the vision tower, so that whole paths are needed.
     """
-    adapted = sorted({n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors if ".lora_" in n})
+    modules = sorted(
+        module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
+        for site in layout.sites
+        if site.path in adapters and getattr(adapters[site.path], "targeted", True)
+        for layer, module in enumerate(site.modules)
+        if adapters[site.path].to_peft(site, layer)
+    )
     if text_prefix:
-        return adapted
+        return modules
     if asked is None or (isinstance(asked, str) and asked.lower() == "all-linear"):
-        return sorted({name.rsplit(".", 1)[-1] for name in adapted})
+        return sorted({name.rsplit(".", 1)[-1] for name in modules})
     return asked
 
 

@@ -15,7 +15,7 @@ from jaxtune.hf.rows import Row, rows_of, sites_of
 from jaxtune.hf.weights import check_tensors, load_params, stored_tensors
 from jaxtune.layers import abstract_params
 from jaxtune.models import build
-from jaxtune.peft.method import Site
+from jaxtune.peft.method import Layout, Site
 from jaxtune.typing import Tree
 
 
@@ -35,6 +35,14 @@ class Base:
     def text_prefix(self) -> str:
         """What PEFT's module paths have between `model.` and `layers` when transformers loads this checkpoint."""
         return "language_model." if "text_config" in self.hf_config else ""
+
+    @property
+    def layout(self) -> Layout:
+        """What adapters may know of it."""
+        c = self.model.config
+        sizes = {"vocab": c.vocab_size, "width": c.width, "layers": c.layers}
+        heads = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        return Layout(c.family, tuple(self.sites), c.tied, c.width**0.5, **sizes, **heads)
 
     def fingerprint(self) -> str:
         return fingerprint(self.directory)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtune.attention import NO_WINDOW, Cache, attend, rotate, visible
-from jaxtune.layers import Embedding, Head, Linear, RMSNorm, constrain, embed
+from jaxtune.layers import Embedding, Head, Linear, RMSNorm, constrain
 
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -164,7 +164,7 @@ class Gemma(nn.Module):
           tokens: ids.  positions: for rotation.  segments: 0 is padding; rows see only their own segment.
           cache: keys and values so far; the new ones go to slots [length, length + T).
         """
-        x = constrain(embed(self.embed(), tokens, self.dtype), "batch", "length", "activation")
+        x = constrain(self.embed(tokens, self.dtype), "batch", "length", "activation")
         layer = {k: jnp.asarray(v) for k, v in self.config.layer_data().items()}
         shared = None
         if cache is not None:
@@ -181,5 +181,5 @@ class Gemma(nn.Module):
         return self.final_norm(x), cache
 
     def head(self) -> Float[Array, "V D"]:
-        """The output matrix.  Tied or not, an adapter of the embedding does not reach it, nor the other way round."""
-        return self.lm_head(self.embed.base if self.config.tied else None)
+        """The output matrix."""
+        return self.lm_head(self.embed.tied() if self.config.tied else None)

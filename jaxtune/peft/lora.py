@@ -1,7 +1,9 @@
-"""LoRA: y = x W + s (dropout(x) A) B, with s = alpha/r, or alpha/sqrt(r) for rsLoRA.
+"""LoRA: y = x W + s (dropout(x) A) B, with s = alpha/r, or alpha/sqrt(r) for rsLoRA; and DoRA, which then gives every
+column of W + s A B the length of a trained magnitude.
 
-Hu et al. 2021 (arXiv 2106.09685), Kalajdzievski 2023 (arXiv 2312.03732); equals peft's `lora.Linear`, whose config keys
-these are.  PEFT stores A as [r, in] and B as [out, r]; here they are a [in, r] and b [r, out], stacked over layers.
+Hu et al. 2021 (arXiv 2106.09685), Kalajdzievski 2023 (2312.03732), Liu et al. 2024 (2402.09353); equals peft's
+`lora.Linear`, `lora.Embedding` and `DoraLinearLayer`, whose config keys these are.  PEFT stores A as [r, in] and B as
+[out, r]; here they are a [in, r] and b [r, out], stacked over layers.
 
 Ranks and scales may differ by layer (`rank_pattern`, `alpha_pattern`, `layers_to_transform`).  Inside the layer scan
 every layer has the largest rank of its site; the surplus columns of A and rows of B are zero, get a zero gradient from
@@ -10,12 +12,9 @@ each other, and so stay zero.
 
 import dataclasses
 import math
-import re
-import zlib
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +22,27 @@ from flax import struct
 
 from jaxtune.errors import UserError
 from jaxtune.layers import matmul
-from jaxtune.peft.method import Fixed, Site, is_saved, layer_index, names_match, pattern_value, require_match
+from jaxtune.peft import lora_init, token_rows
+from jaxtune.peft.method import (
+    QUERY_VALUE,
+    Fixed,
+    Layout,
+    Site,
+    Start,
+    box,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_number,
+    check_targets,
+    pattern_value,
+    select,
+    site_key,
+    take,
+)
 
 PEFT_TYPE = "LORA"
-
-# PEFT's default targets for decoder families (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
-DEFAULT_TARGETS = ("q_proj", "v_proj")
+LEARNING_RATE = 2e-4
 
 # PEFT's other keys, and the values that mean they are not used.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,16 +63,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qalora_group_size": (16,),
     "runtime_config": (None, {}, {"ephemeral_gpu_offload": False}),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class Config:
     """PEFT's keys and defaults.  Values may come from a downloaded file, so their types are checked, not declared.
 
     Raises:
@@ -71,181 +83,299 @@ class LoraConfig:
     target_modules: Any = None
     exclude_modules: Any = None
     use_rslora: Any = False
+    use_dora: Any = False
     layers_to_transform: Any = None
     layers_pattern: Any = None
     rank_pattern: Any = None
     alpha_pattern: Any = None
     bias: Any = "none"
     modules_to_save: Any = None
+    trainable_token_indices: Any = None
     init_lora_weights: Any = True
 
     def __post_init__(self):
-        def is_number(value):
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
         for key in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, key, dict(getattr(self, key) or {}))
-        if self.init_lora_weights is None:
-            object.__setattr__(self, "init_lora_weights", True)
-        if isinstance(self.init_lora_weights, str):
-            object.__setattr__(self, "init_lora_weights", self.init_lora_weights.lower())
-        for key, ranks in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
-            if any(not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= 65536 for r in ranks):
-                raise ValueError(f"{key} is {getattr(self, key)!r}. A rank is an integer from 1 to 65536.")
-        for key, alphas in (("lora_alpha", [self.lora_alpha]), ("alpha_pattern", self.alpha_pattern.values())):
-            if not all(is_number(a) for a in alphas):
-                raise ValueError(f"{key} is {getattr(self, key)!r}. An alpha is a finite number.")
-        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout!r}. It is a probability, at least 0 and less than 1.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias is {self.bias!r}. It can be: none, all, lora_only.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
+        start = True if self.init_lora_weights is None else self.init_lora_weights
+        object.__setattr__(self, "init_lora_weights", start.lower() if isinstance(start, str) else start)
+        check_count("r", self.r)
+        for rank in self.rank_pattern.values():
+            check_count("rank_pattern", rank)
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            check_number("lora_alpha", alpha)
+        check_fraction("lora_dropout", self.lora_dropout)
+        check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        for key in ("use_rslora", "use_dora"):
+            check_choice(key, getattr(self, key), (True, False))
+        lora_init.check(self.init_lora_weights)
+        check_targets(self)
+        token_rows.check(self.trainable_token_indices)
+        if self.use_dora and lora_init.alters_base(self.init_lora_weights):
             raise ValueError(
-                f"init_lora_weights is {self.init_lora_weights!r}. jaxtune supports: True, False, 'gaussian'."
+                f"use_dora and init_lora_weights={self.init_lora_weights!r} exclude each other: exported magnitudes "
+                "would be those of an altered base."
             )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            if self.target_modules.lower() != "all-linear":
-                raise ValueError("layers_to_transform needs target_modules as a list of names, as in PEFT.")
-        for key in ("target_modules", "exclude_modules"):
-            value = getattr(self, key)
-            if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{key} is {value!r}, which is no regular expression: {error}.") from None
+
+
+def dropout(x: Any, rate: float, rng: Any) -> Any:
+    """Inverted dropout on the input of A; `rng` None turns it off."""
+    if not rate or rng is None:
+        return x
+    keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 @struct.dataclass
 class Lora:
-    """a [L, in, R], b [L, R, out], scale [L]; inside the layer scan without L.  ranks: one per layer, 0 where none."""
+    """a [L, in, R], b [L, R, out], scale [L]; inside the layer scan without L.  ranks: one per layer, 0 where none.
+
+    a0, b0: what A and B were at the start where that was taken off the base (PiSSA, OLoRA), else None; the base itself
+    stays as it is.  magnitude [L, out], live [L]: of DoRA, and which layers have one.
+    """
 
     a: Any
     b: Any
     scale: Fixed
+    a0: Fixed | None
+    b0: Fixed | None
+    magnitude: Any
+    live: Fixed | None
     ranks: tuple[int, ...] = struct.field(pytree_node=False)
     dropout: float = struct.field(pytree_node=False)
 
     def linear(self, x, y, w, rng):
-        if self.dropout and rng is not None:
-            keep = jax.random.bernoulli(rng, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
-        return y + matmul(matmul(x, self.a).astype(x.dtype), self.b) * self.scale.value
+        dropped = dropout(x, self.dropout, rng)
+        delta = low_rank(dropped, self.a, self.b) * self.scale.value
+        if self.a0 is not None and self.b0 is not None:
+            y = y - low_rank(x, self.a0.value, self.b0.value) * self.scale.value
+        if self.magnitude is None:
+            return y + delta
+        gain = self.gain(w)[None]
+        return y + (gain - 1) * (y if dropped is x else matmul(dropped, w)) + gain * delta
+
+    def gain(self, w: Any) -> Any:
+        """DoRA's factor of each column [out].  The length of a column of W + s A B needs no matrix of W's size, and is
+        a constant to the gradient, as the paper has it."""
+        w, a, b, s = (jax.lax.stop_gradient(v) for v in (w.astype(jnp.float32), self.a, self.b, self.scale.value))
+        square = jnp.sum(w * w, axis=0) + 2 * s * jnp.sum(b * (a.T @ w), axis=0)
+        square += s * s * jnp.sum(b * ((a.T @ a) @ b), axis=0)
+        gain = self.magnitude / jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+        return gain if self.live is None else jnp.where(self.live.value, gain, jnp.ones_like(gain))
+
+    def merged(self, w):
+        if self.a0 is not None and self.b0 is not None:
+            w = w - self.scale.value * (self.a0.value @ self.b0.value)
+        whole = w + self.scale.value * (self.a @ self.b)
+        return whole if self.magnitude is None else whole * self.gain(w)[None]
 
     def to_peft(self, site: Site, layer: int) -> dict[str, np.ndarray]:
-        """The tensors of one layer by PEFT's suffix; empty where the layer has no adapter."""
+        """What was taken off the base is put back as further ranks: plain LoRA over the base as it was."""
         r = self.ranks[layer]
         if r == 0:
             return {}
-        a, b = np.asarray(self.a[layer]), np.asarray(self.b[layer])
-        return {"lora_A.weight": a[:, :r].T, "lora_B.weight": b[:r].T}
+        a, b = np.asarray(self.a[layer])[:, :r], np.asarray(self.b[layer])[:r]
+        if self.a0 is not None and self.b0 is not None:
+            a = np.concatenate([a, np.asarray(self.a0.value[layer])[:, :r]], axis=1)
+            b = np.concatenate([b, -np.asarray(self.b0.value[layer])[:r]])
+        tensors = {"lora_A.weight": a.T, "lora_B.weight": b.T}
+        if self.magnitude is not None:
+            tensors["lora_magnitude_vector"] = np.asarray(self.magnitude[layer])
+        return tensors
 
 
-def plan(sites: Sequence[Site], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+@struct.dataclass
+class LoraTable:
+    """LoRA of the embedding or of the head, whose weight is a [V, D] table: a [V, R], b [R, D], scale [].
+
+    On a tied model the embedding's does not reach the head nor the other way round, as in PEFT.
+    """
+
+    a: Any
+    b: Any
+    scale: Fixed
+    dropout: float = struct.field(pytree_node=False)
+
+    def embed(self, table, tokens):
+        rows = jnp.take(table, tokens, axis=0, mode="clip").astype(jnp.float32)
+        low = jnp.take(self.a, tokens, axis=0, mode="clip")
+        return rows + jnp.einsum("BTR,RD->BTD", low, self.b) * self.scale.value
+
+    def weight(self, w):
+        """The head is given whole to the loss, so that this costs a float32 copy of it."""
+        return self.merged(w.astype(jnp.float32))
+
+    def merged(self, w):
+        return w + self.scale.value * (self.a @ self.b)
+
+    def to_peft(self, site: Site, layer: int) -> dict[str, np.ndarray]:
+        a, b = np.asarray(self.a), np.asarray(self.b)
+        if site.kind == "embedding":
+            return {"lora_embedding_A": a.T, "lora_embedding_B": b.T}
+        return {"lora_A.weight": b, "lora_B.weight": a}
+
+
+def low_rank(x, a, b):
+    return matmul(matmul(x, a).astype(x.dtype), b)
+
+
+def plan(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:
     """{path: rank of each layer} of the sites that get an adapter.
 
     Raises:
       UserError: nothing matches, or something matches that LoRA cannot adapt here.
     """
-    targets = config.target_modules if config.target_modules is not None else DEFAULT_TARGETS
-    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    layers = config.layers_to_transform
-    layers = {layers} if isinstance(layers, int) else set(layers or ())
-
-    def rank(site: Site, module: str) -> int:
-        if config.exclude_modules and names_match(config.exclude_modules, module):
-            return 0
-        if is_saved(config.modules_to_save, module):
-            return 0
-        if not (site.kind == "linear" if all_linear else names_match(targets, module)):
-            return 0
-        if layers and layer_index(module, config.layers_pattern) not in layers:
-            return 0
-        return pattern_value(config.rank_pattern, module, config.r)
-
-    ranks = {site.path: tuple(rank(site, module) for module in site.modules) for site in sites}
-    found = {path: rs for path, rs in ranks.items() if any(rs)}
-    require_match(list(found), "target_modules", targets, sites)
-    for site in sites:
-        if site.path in found and site.kind != "linear":
-            raise UserError(
-                f"target_modules {targets!r} matches {site.modules[0]}, of kind {site.kind}. LoRA here adapts linear "
-                "layers; name that module in `modules_to_save` to train it whole."
-            )
-    if not isinstance(targets, str):
-        # PEFT lets a name in a list match nothing as long as another does; a misspelt name would go unnoticed.
-        for name in targets:
-            require_match(
-                [m for s in sites for m in s.modules if names_match([name], m)], "target_modules", [name], sites
-            )
-    return found
-
-
-def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str, Lora]:
-    """Adapters by parameter path, float32, boxed with the logical axes of their weight.
-
-    A ~ U(±1/sqrt(in)) (PEFT's Kaiming with a=sqrt(5)) and B = 0; "gaussian": A has standard deviation 1/r; False:
-    B ~ U(±1/sqrt(r)) too.
-    """
-    adapters = {}
-    by_path = {site.path: site for site in sites}
-    for path, ranks in plan(sites, config).items():
-        site = by_path[path]
-        size, (rows, columns) = max(ranks), site.shape[1:]
-        # A key of its own for each site, whatever else is adapted.
-        key_a, key_b = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF))
-        live = jnp.asarray(np.arange(size)[None] < np.array(ranks)[:, None], jnp.float32)  # [L, R]
-        per_layer = np.maximum(np.array(ranks, np.float32), 1)[:, None, None]
-        if config.init_lora_weights == "gaussian":
-            a = jax.random.normal(key_a, (len(ranks), rows, size)) / jnp.asarray(per_layer)
-        else:
-            a = jax.random.uniform(key_a, (len(ranks), rows, size), minval=-1.0, maxval=1.0) * rows**-0.5
-        b = jnp.zeros((len(ranks), size, columns))
-        if config.init_lora_weights is False:
-            b = jax.random.uniform(key_b, b.shape, minval=-1.0, maxval=1.0) / jnp.sqrt(jnp.asarray(per_layer))
-        adapters[path] = Lora(
-            a=nn.LogicallyPartitioned(a * live[:, None, :], (site.axes[0], site.axes[1], "rank")),
-            b=nn.LogicallyPartitioned(b * live[:, :, None], (site.axes[0], "rank", site.axes[2])),
-            scale=Fixed(jnp.asarray(scales(site, ranks, config))),
-            ranks=ranks,
-            dropout=config.lora_dropout,
+    found = select(layout, config, QUERY_VALUE, ("linear", "embedding", "head"))
+    ranks = {}
+    for path, layers in found.items():
+        site = layout.site(path)
+        ranks[path] = tuple(
+            pattern_value(config.rank_pattern, module, config.r) if adapted else 0
+            for module, adapted in zip(site.modules, layers, strict=True)
         )
-    return adapters
+        if site.kind != "linear" and (config.use_dora or config.init_lora_weights not in (True, False, "gaussian")):
+            raise UserError(
+                f"target_modules matches {site.modules[0]}. On embeddings and heads jaxtune has plain LoRA: neither "
+                f"use_dora nor init_lora_weights={config.init_lora_weights!r}."
+            )
+        if site.kind == "head" and config.lora_dropout:
+            raise UserError("target_modules matches lm_head, where jaxtune has no dropout. Set lora_dropout=0.")
+        if lora_init.needs_even(config.init_lora_weights) and any(r % 2 for r in ranks[path]):
+            raise UserError("init_lora_weights='orthogonal' needs even ranks (r, rank_pattern).")
+        if lora_init.alters_base(config.init_lora_weights) and max(ranks[path]) > min(site.shape[1:]):
+            raise UserError(
+                f"init_lora_weights={config.init_lora_weights!r} takes the rank from {path}, which has at most "
+                f"{min(site.shape[1:])}; r is {max(ranks[path])}."
+            )
+    token_rows.plan(layout, config.trainable_token_indices, ranks, config.modules_to_save)
+    return ranks
 
 
-def scales(site: Site, ranks: Sequence[int], config: LoraConfig) -> np.ndarray:
+def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[str, Any]:
+    """Adapters by parameter path, float32; the distributions are PEFT's (`jaxtune.peft.lora_init`)."""
+    adapters: dict[str, Any] = {}
+    for path, ranks in plan(layout, config).items():
+        site, scale = layout.site(path), scales(layout.site(path), ranks, config)
+        if site.kind != "linear":
+            adapters[path] = _new_table(site_key(key, path), site, ranks[0], scale[0], config)
+            continue
+        values = lora_init.draw(site_key(key, path), site, ranks, scale, config.init_lora_weights, start.params[path])
+        a0, b0 = (values.a, values.b) if values.taken else (None, None)
+        magnitude = None
+        if config.use_dora:
+            columns = jnp.linalg.norm(start.params[path].astype(jnp.float32), axis=1)
+            magnitude = columns if config.init_lora_weights is not False else _norms(start.params[path], values, scale)
+        adapters[path] = _boxed(site, ranks, config, values.a, values.b, magnitude, a0, b0)
+    return adapters | token_rows.init(layout, config.trainable_token_indices, start)
+
+
+def _norms(w: Any, values: Any, scale: np.ndarray) -> Any:
+    whole = w.astype(jnp.float32) + jnp.asarray(scale)[:, None, None] * (values.a @ values.b)
+    return jnp.linalg.norm(whole, axis=1)
+
+
+def _new_table(key: jax.Array, site: Site, rank: int, scale: Any, config: Config) -> LoraTable:
+    """PEFT starts an embedding with A = 0 and B ~ N(0, 1), and a head as a linear layer."""
+    (vocab, width), (key_a, key_b) = site.shape, jax.random.split(key)
+    random = config.init_lora_weights is False
+    if site.kind == "embedding":
+        a = jax.random.normal(key_a, (vocab, rank)) if random else jnp.zeros((vocab, rank))
+        return _boxed_table(site, a, jax.random.normal(key_b, (rank, width)), scale, config)
+    if config.init_lora_weights == "gaussian":
+        b = jax.random.normal(key_b, (rank, width)) / rank
+    else:
+        b = jax.random.uniform(key_b, (rank, width), minval=-1.0, maxval=1.0) * width**-0.5
+    a = jnp.zeros((vocab, rank))
+    if random:
+        a = jax.random.uniform(key_a, (vocab, rank), minval=-1.0, maxval=1.0) * rank**-0.5
+    return _boxed_table(site, a, b, scale, config)
+
+
+def _boxed_table(site: Site, a: Any, b: Any, scale: Any, config: Config) -> LoraTable:
+    """The head reads no dropout, and PEFT gives an embedding none."""
+    return LoraTable(box(a, site.axes[0], "rank"), box(b, "rank", site.axes[1]), Fixed(jnp.asarray(scale)), 0.0)
+
+
+def _boxed(
+    site: Site, ranks: tuple[int, ...], config: Config, a: Any, b: Any, magnitude: Any, a0: Any = None, b0: Any = None
+) -> Lora:
+    layers, rows, columns = site.axes
+    dead = magnitude is not None and 0 in ranks
+    return Lora(
+        a=box(a, layers, rows, "rank"),
+        b=box(b, layers, "rank", columns),
+        scale=Fixed(jnp.asarray(scales(site, ranks, config))),
+        a0=None if a0 is None else Fixed(box(a0, layers, rows, "rank")),
+        b0=None if b0 is None else Fixed(box(b0, layers, "rank", columns)),
+        magnitude=None if magnitude is None else box(magnitude, layers, columns),
+        live=Fixed(jnp.asarray(np.array(ranks) > 0)) if dead else None,
+        ranks=ranks,
+        dropout=config.lora_dropout,
+    )
+
+
+def scales(site: Site, ranks: Sequence[int], config: Config) -> np.ndarray:
     """What multiplies B A in each layer [L]."""
     alphas = [pattern_value(config.alpha_pattern, module, config.lora_alpha) for module in site.modules]
     divisors = [(math.sqrt(r) if config.use_rslora else r) or 1 for r in ranks]
     return np.array([alpha / divisor for alpha, divisor in zip(alphas, divisors, strict=True)], np.float32)
 
 
-def from_peft(site: Site, ranks: tuple[int, ...], config: LoraConfig, tensors: MutableMapping[str, np.ndarray]) -> Lora:
-    """One site's adapter from PEFT's tensors, which are taken out by full module name + suffix.
+def from_peft(layout: Layout, config: Config, tensors: MutableMapping[str, np.ndarray]) -> dict[str, Any]:
+    """{path: adapter} from PEFT's tensors.
 
     Raises:
-      KeyError: a tensor is missing.  UserError: one has another shape than rank and weight say.
+      KeyError: a tensor is missing.  UserError: one has another shape; or the file means an altered base.
     """
-    size, (rows, columns) = max(ranks), site.shape[1:]
-    a = np.zeros((len(ranks), rows, size), np.float32)
-    b = np.zeros((len(ranks), size, columns), np.float32)
-    for layer, (module, r) in enumerate(zip(site.modules, ranks, strict=True)):
-        if r == 0:
+    if lora_init.alters_base(config.init_lora_weights):
+        raise UserError(
+            f"The adapter has init_lora_weights={config.init_lora_weights!r}: its numbers belong to a base that PEFT "
+            "altered when training began, and PEFT itself may not find that base again. Save it in PEFT with "
+            "`path_initial_model_for_weight_conversion`, which writes plain LoRA of twice the rank."
+        )
+    adapters: dict[str, Any] = {}
+    for path, ranks in plan(layout, config).items():
+        site = layout.site(path)
+        if site.kind != "linear":
+            adapters[path] = _table_from_peft(site, ranks[0], config, tensors)
             continue
-        for name, shape, into in (
-            (f"{module}.lora_A.weight", (r, rows), a[layer, :, :r]),
-            (f"{module}.lora_B.weight", (columns, r), b[layer, :r]),
-        ):
-            tensor = tensors.pop(name)
-            if tensor.shape != shape:
-                raise UserError(
-                    f"The adapter's {name} has shape {list(tensor.shape)}; rank {r} on this model needs {list(shape)}."
-                )
-            into[...] = tensor.T
-    box = nn.LogicallyPartitioned
-    return Lora(
-        a=box(a, (site.axes[0], site.axes[1], "rank")),
-        b=box(b, (site.axes[0], "rank", site.axes[2])),
-        scale=Fixed(scales(site, ranks, config)),
-        ranks=ranks,
-        dropout=config.lora_dropout,
-    )
+        size, (rows, columns) = max(ranks), site.shape[1:]
+        a = np.zeros((len(ranks), rows, size), np.float32)
+        b = np.zeros((len(ranks), size, columns), np.float32)
+        magnitude = np.ones((len(ranks), columns), np.float32) if config.use_dora else None
+        for layer, (module, r) in enumerate(zip(site.modules, ranks, strict=True)):
+            if r == 0:
+                continue
+            a[layer, :, :r] = take(tensors, f"{module}.lora_A.weight", (r, rows), f"rank {r}").T
+            b[layer, :r] = take(tensors, f"{module}.lora_B.weight", (columns, r), f"rank {r}").T
+            if magnitude is not None:
+                magnitude[layer] = take(tensors, f"{module}.lora_magnitude_vector", (columns,))
+        adapters[path] = _boxed(site, ranks, config, a, b, magnitude)
+    return adapters | token_rows.from_peft(layout, config.trainable_token_indices, tensors)
+
+
+def _table_from_peft(site: Site, r: int, config: Config, tensors: MutableMapping[str, np.ndarray]) -> LoraTable:
+    (module,), (vocab, width), why = site.modules, site.shape, f"rank {r}"
+    # PEFT adds the whole base weight to the file, and reads it without need.
+    tensors.pop(f"{module}.base_layer.weight", None)
+    if site.kind == "embedding":
+        a = take(tensors, f"{module}.lora_embedding_A", (r, vocab), why).T
+        b = take(tensors, f"{module}.lora_embedding_B", (width, r), why).T
+    else:
+        b = take(tensors, f"{module}.lora_A.weight", (r, width), why)
+        a = take(tensors, f"{module}.lora_B.weight", (vocab, r), why)
+    return _boxed_table(site, a, b, scales(site, (r,), config)[0], config)
+
+
+def to_config(layout: Layout, config: Config, adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json's keys.  Where the base was altered, ranks are doubled and alphas with them."""
+    values = dict(vars(config))
+    if not lora_init.alters_base(config.init_lora_weights):
+        return values
+    more = math.sqrt(2) if config.use_rslora else 2
+    return values | {
+        "r": 2 * config.r,
+        "lora_alpha": config.lora_alpha * more,
+        "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
+        "alpha_pattern": {key: alpha * more for key, alpha in config.alpha_pattern.items()},
+        "init_lora_weights": True,
+    }

@@ -1,15 +1,36 @@
 """What every method is made of: sites, PEFT's matching rules, values that do not train, and strict config keys.
 
-A method is one file.  It has a frozen dataclass with PEFT's own keys, `init(key, sites, config)` that returns
-{parameter path: adapter}, and an adapter class with the door function (`linear` or `weight`) and its PEFT names.
+A method is one file with these names:
+
+  PEFT_TYPE        PEFT's word for it
+  LEARNING_RATE    what it trains well with, where the config names none
+  Config           a frozen dataclass of PEFT's own keys; NEUTRAL: PEFT's other keys and the values that mean "not used"
+  plan(layout, config)                what gets an adapter, by parameter path; refuses what matches nothing
+  init(key, layout, config, start)    {path: adapter}, fresh
+  from_peft(layout, config, tensors)  {path: adapter} of a PEFT file, whose tensors are taken out as they are used
+  to_config(layout, config, adapters) the keys that adapter_config.json gets
+
+and a class of adapter.  An adapter is a pytree at the path of the parameter it adapts, boxed with its weight's logical
+axes and stacked over layers as that is.  Inside the layer scan it has one layer's part of every array.
+
+  linear(x, y, w, rng)    at a kernel: the new y [N, O] from x [N, I], y = x W and W [I, O]
+  weight(w)               at a norm or a head: the new weight
+  embed(table, tokens)    at the embedding: the rows of these tokens, before scaling
+  merged(w)               the weight that does the same without an adapter; w float32
+  to_peft(site, layer)    {PEFT's suffix: tensor} of one layer; empty where that layer has none
+
+Prompts and prefixes belong to no weight; they lie at the paths `prompt` and `prefix` (jaxtune.peft.prompt).
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import numpy as np
 
 from jaxtune.errors import UserError, did_you_mean
 
@@ -29,6 +50,38 @@ class Site(NamedTuple):
     @property
     def stacked(self) -> bool:
         return self.axes[0] == "layers"
+
+
+class Layout(NamedTuple):
+    """What a method may know of a model.
+
+    family: gemma | gemma2 | gemma3 | …, for PEFT's defaults.  embed_scale: what rows of the embedding are multiplied
+    with.  tied: the output head is the embedding.  The sizes are those of the text decoder.
+    """
+
+    family: str
+    sites: tuple[Site, ...]
+    tied: bool
+    embed_scale: float
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def site(self, path: str) -> Site:
+        return next(s for s in self.sites if s.path == path)
+
+
+class Start(NamedTuple):
+    """What initial values may be drawn from.  params: {path: the base's values}.  encode: text to token ids."""
+
+    params: Mapping[str, Any]
+    encode: Callable[[str], Sequence[int]] | None = None
+
+    def table(self) -> Any:
+        return self.params["embed/table"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -51,7 +104,86 @@ def is_trainable(path: str) -> bool:
     return not path.endswith("/fixed")
 
 
+def box(value: Any, *axes: str | None) -> Any:
+    """An array with its logical axes."""
+    return nn.LogicallyPartitioned(value, axes)
+
+
+def site_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, whatever else is adapted."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def layer_of(adapter: Any, layer: int) -> Any:
+    """One layer's part of a stacked adapter, as the layer scan hands it to the doors."""
+    return jax.tree.map(lambda x: x[layer], adapter)
+
+
+def take(tensors: MutableMapping[str, np.ndarray], name: str, shape: Sequence[int], why: str = "") -> np.ndarray:
+    """Takes a PEFT tensor out of the mapping.
+
+    Raises:
+      KeyError: it is missing.  UserError: it has another shape.
+    """
+    tensor = tensors.pop(name)
+    if tensor.shape != tuple(shape):
+        raise UserError(
+            f"The adapter's {name} has shape {list(tensor.shape)}; {why or 'its config'} on this model needs "
+            f"{list(shape)}."
+        )
+    return tensor
+
+
 # ---------------------------------------------------------------- which modules (peft/tuners/tuners_utils.py)
+
+# PEFT's default targets of most methods, by family where it is not q_proj and v_proj
+# (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
+QUERY_VALUE = {"": ("q_proj", "v_proj"), "t5": ("q", "v")}
+
+
+def targets_of(layout: Layout, config: Any, default: Mapping[str, Sequence[str]]) -> Any:
+    """`target_modules`, or the family's default; `default` has "" for families that it does not name."""
+    return config.target_modules if config.target_modules is not None else default.get(layout.family, default[""])
+
+
+def select(
+    layout: Layout, config: Any, default: Mapping[str, Sequence[str]], kinds: Sequence[str] = ("linear",)
+) -> dict[str, tuple[bool, ...]]:
+    """{path: whether each layer has an adapter} of `target_modules`, less what is excluded or saved whole.
+
+    Raises:
+      UserError: nothing matches, a name matches nothing, or a module of a kind that the method cannot adapt does.
+    """
+    targets = targets_of(layout, config, default)
+    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    excluded = getattr(config, "exclude_modules", None)
+    layers = getattr(config, "layers_to_transform", None)
+    layers = {layers} if isinstance(layers, int) else set(layers or ())
+
+    def adapted(site: Site, module: str) -> bool:
+        if excluded and names_match(excluded, module):
+            return False
+        if is_saved(config.modules_to_save, module):
+            return False
+        if layers and layer_index(module, config.layers_pattern) not in layers:
+            return False
+        return site.kind == "linear" if all_linear else names_match(targets, module)
+
+    chosen = {site.path: tuple(adapted(site, module) for module in site.modules) for site in layout.sites}
+    found = {path: layers for path, layers in chosen.items() if any(layers)}
+    require_match(list(found), "target_modules", targets, layout.sites)
+    for site in layout.sites:
+        if site.path in found and site.kind not in kinds:
+            raise UserError(
+                f"target_modules {targets!r} matches {site.modules[0]}, of kind {site.kind}. This method adapts: "
+                f"{', '.join(kinds)}. Name that module in `modules_to_save` to train it whole."
+            )
+    if not isinstance(targets, str):
+        # PEFT lets a name in a list match nothing as long as another does; a misspelt name would go unnoticed.
+        modules = [module for site in layout.sites for module in site.modules]
+        for name in targets:
+            require_match([m for m in modules if names_match([name], m)], "target_modules", [name], layout.sites)
+    return found
 
 
 def spellings(module: str) -> tuple[str, ...]:
@@ -116,6 +248,69 @@ def require_match(found: Sequence[Any], asked_by: str, asked: Any, sites: Iterab
 
 
 # ---------------------------------------------------------------- PEFT's config keys, read strictly
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def check_count(key: str, value: Any, low: int = 1, high: int = 65536) -> None:
+    """Refuses what is no integer from `low` to `high`.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{key} is {value!r}. It is an integer from {low} to {high}.")
+
+
+def check_fraction(key: str, value: Any) -> None:
+    """Refuses what is no probability below 1.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{key} is {value!r}. It is a probability, at least 0 and less than 1.")
+
+
+def check_number(key: str, value: Any) -> None:
+    """Refuses what is no finite number.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    if not is_number(value):
+        raise ValueError(f"{key} is {value!r}. It is a finite number.")
+
+
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuses a value that is none of these.
+
+    Raises:
+      ValueError: naming the key and what it can be.
+    """
+    if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
+        raise ValueError(f"{key} is {value!r}. It can be: {', '.join(map(str, choices))}.")
+
+
+def check_targets(config: Any) -> None:
+    """Refuses patterns that are no regular expressions, and layers asked for of a pattern.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key, None)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{key} is {value!r}, which is no regular expression: {error}.") from None
+    if getattr(config, "layers_to_transform", None) is not None and isinstance(config.target_modules, str):
+        if config.target_modules.lower() != "all-linear":
+            raise ValueError("layers_to_transform needs target_modules as a list of names, as in PEFT.")
+
 
 # Written by peft beside a method's own keys; they say nothing about the mathematics.
 BOOKKEEPING = {

@@ -3,7 +3,7 @@
 With tied embeddings a copy of `embed_tokens` does not reach the output head nor the other way round, as in PEFT.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from flax import struct
 
 from jaxtune.errors import UserError
 from jaxtune.layers import matmul
-from jaxtune.peft.method import Site, is_saved, require_match
+from jaxtune.peft.method import Site, Start, is_saved, require_match
 
 
 @struct.dataclass
@@ -21,11 +21,18 @@ class Saved:
     """value: the weight that stands in for the base's, with its layer axis where it has one."""
 
     value: Any
+    targeted = False  # by `target_modules`
 
     def linear(self, x, y, w, rng):
         return matmul(x, self.value)
 
     def weight(self, w):
+        return self.value
+
+    def embed(self, table, tokens):
+        return jnp.take(self.value, tokens, axis=0, mode="clip")
+
+    def merged(self, w):
         return self.value
 
     def to_peft(self, site: Site, layer: int) -> dict[str, np.ndarray]:
@@ -55,11 +62,11 @@ def choose(sites: Sequence[Site], modules_to_save: Sequence[str] | None) -> list
     return chosen
 
 
-def init(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[str, Saved]:
-    """Copies of the base weights, in float32; `base` is {path: value}, where a tied head is not listed."""
+def init(sites: Sequence[Site], start: Start) -> dict[str, Saved]:
+    """Copies of the base weights, in float32; a tied head's is the embedding's."""
     copies = {}
     for site in sites:
-        source = base[site.path] if site.path in base else base["embed/table"]
+        source = start.params[site.path] if site.path in start.params else start.table()
         value = jnp.asarray(source).astype(jnp.float32)
         copies[site.path] = Saved(nn.LogicallyPartitioned(value, site.axes))
     return copies
