@@ -20,7 +20,7 @@ from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters, save_
 from jaxtune.hf.base import Base, load_base
 from jaxtune.hf.weights import save_params
 from jaxtune.peft import METHODS, saved
-from jaxtune.peft.method import Start, is_trainable, read_config
+from jaxtune.peft.method import Start, is_trainable, read_config, to_variables
 from jaxtune.typing import Tree
 
 
@@ -89,7 +89,7 @@ def fresh_adapters(method: Any, config: Any, base: Base, mesh: Mesh, params: Tre
     def init(key: jax.Array, flat: dict[str, jax.Array]) -> Tree:
         start = Start(flat)
         whole = saved.init(saved.choose(base.sites, config.modules_to_save), start)
-        return tree.nest(method.init(key, base.layout, config, start) | whole)
+        return to_variables(method.init(key, base.layout, config, start) | whole)
 
     key, flat = jax.random.key(seed), tree.flatten(params)
     where = meshes.shardings(mesh, jax.eval_shape(init, key, flat))
@@ -111,10 +111,10 @@ def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: 
     variables, peft = {"params": params}, None
     if section["init_from"]:
         peft = load_first(section, base)
-        variables["adapters"] = place_adapters(mesh, peft.adapters)
+        variables |= place_adapters(mesh, peft.adapters)
     elif method is not None:
         peft = PeftAdapter(method, config, {}, None)
-        variables["adapters"] = fresh_adapters(method, config, base, mesh, params, seed)
+        variables |= fresh_adapters(method, config, base, mesh, params, seed)
     leaves = tree.flatten(variables)
     trained = {p for p in leaves if peft is None or (p.startswith("adapters/") and is_trainable(p))}
     return Adapted(
@@ -132,7 +132,7 @@ def export(workdir: Path, base_name: str, base: Base, adapted: Adapted, trainabl
         save_params(workdir / "model", base.rows, variables["params"], base.directory, dtype=base.model.dtype)
         return workdir / "model"
     prefix = base.text_prefix
-    save_adapter(workdir / "adapter", variables["adapters"], base.layout, adapted.peft, base_name, text_prefix=prefix)
+    save_adapter(workdir / "adapter", variables, base.layout, adapted.peft, base_name, text_prefix=prefix)
     return workdir / "adapter"
 
 

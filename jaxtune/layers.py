@@ -45,8 +45,9 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def adapter_of(module: nn.Module, name: str) -> Any:
-    """The adapter of `module`'s parameter `name`, or None."""
-    return module.get_variable("adapters", name)
+    """The adapter of `module`'s parameter `name`, or None; with what all layers share, which is not stacked."""
+    adapter, shared = module.get_variable("adapters", name), module.get_variable("shared", name)
+    return adapter if shared is None else adapter.replace(shared=shared)
 
 
 def boxed(init: Callable, axes: tuple[str, ...]) -> Callable:

@@ -107,7 +107,7 @@ class LanguageModel:
             raise UserError("This model has no adapter to save. Load one with jaxtune.load(..., adapter=DIR).")
         save_adapter(
             Path(directory),
-            self.variables["adapters"],
+            self.variables,
             self.base.layout,
             self.peft,
             self.peft.base or self.base.id,
@@ -155,7 +155,7 @@ def load(
     peft = None if adapter is None else load_adapter(Path(adapter), base.layout)
     variables = {"params": load_base(base, mesh, lambda path: jnp.dtype(dtype))}
     if peft is not None:
-        variables["adapters"] = place_adapters(mesh, peft.adapters)
+        variables |= place_adapters(mesh, peft.adapters)
     return LanguageModel(base, mesh, variables, peft, optional_tokenizer(base.directory))
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from jaxtune import __version__, tree
+from jaxtune import __version__
 from jaxtune import mesh as meshes
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 from jaxtune.hf.files import open_safetensors, read_json, replaced_directory
 from jaxtune.models import gemma_hf
 from jaxtune.peft import BY_PEFT_TYPE, saved
-from jaxtune.peft.method import Layout, read_config
+from jaxtune.peft.method import Layout, from_variables, read_config, to_variables
 from jaxtune.typing import Tree
 
 PREFIX = "base_model.model."
@@ -109,15 +109,10 @@ def own_names(method: Any) -> Collection[str]:
     return getattr(method, "OWN_NAMES", ())
 
 
-def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> Tree:
-    """Boxed adapters by path to a nested tree on the mesh, each sharded as its weight is."""
-    nested = tree.nest(dict(boxed))
-    return jax.device_put(nn.unbox(nested), meshes.shardings(mesh, nested))
-
-
-def by_path(adapters: Tree) -> dict[str, Any]:
-    """{path: adapter} of a nested tree of them."""
-    return tree.flatten(adapters, is_leaf=lambda x: hasattr(x, "to_peft"))
+def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> dict[str, Tree]:
+    """Boxed adapters by path to the model's collections on the mesh, each sharded as its weight is."""
+    variables = to_variables(boxed)
+    return jax.device_put(nn.unbox(variables), meshes.shardings(mesh, variables))
 
 
 def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: str = "") -> dict[str, np.ndarray]:
@@ -139,18 +134,18 @@ def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: st
 
 
 def save_adapter(
-    directory: Path, adapters: Tree, layout: Layout, peft: PeftAdapter, base: str, *, text_prefix: str = ""
+    directory: Path, variables: Tree, layout: Layout, peft: PeftAdapter, base: str, *, text_prefix: str = ""
 ) -> None:
     """Writes a PEFT directory in one piece: beside it first, then renamed.
 
     Args:
-      adapters: the nested tree on the mesh, which may have been trained since `peft` was read.
+      variables: the model's, on the mesh; its adapters may have been trained since `peft` was read.
       base: `base_model_name_or_path`.
 
     Raises:
       UserError: a value that is not finite: such an adapter is never written.
     """
-    flat = by_path(adapters)
+    flat = from_variables(variables)
     tensors = adapter_tensors(flat, layout, text_prefix)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if bad or not tensors:

@@ -144,6 +144,7 @@ class Gemma(nn.Module):
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "adapters": 0},
+            variable_broadcast="shared",
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,
             length=c.layers,

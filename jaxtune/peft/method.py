@@ -19,6 +19,8 @@ axes and stacked over layers as that is.  Inside the layer scan it has one layer
   merged(w)               the weight that does the same without an adapter; w float32
   to_peft(site, layer)    {PEFT's suffix: tensor} of one layer; empty where that layer has none
 
+What all layers of a site have in common is the adapter's field `shared`, without a layer axis: a `Fixed`, or None.
+
 Prompts and prefixes belong to no weight; they lie at the paths `prompt` and `prefix` (jaxtune.peft.prompt).
 """
 
@@ -32,7 +34,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from jaxtune import tree
 from jaxtune.errors import UserError, did_you_mean
+from jaxtune.typing import Tree
 
 
 class Site(NamedTuple):
@@ -107,6 +111,21 @@ def is_trainable(path: str) -> bool:
 def box(value: Any, *axes: str | None) -> Any:
     """An array with its logical axes."""
     return nn.LogicallyPartitioned(value, axes)
+
+
+def to_variables(adapters: Mapping[str, Any]) -> dict[str, Tree]:
+    """{path: adapter} as the collections that a model reads: `adapters`, which its layer scan takes apart, and
+    `shared`, which goes to every layer whole."""
+    shared = {path: a.shared for path, a in adapters.items() if getattr(a, "shared", None) is not None}
+    own = {path: a.replace(shared=None) if path in shared else a for path, a in adapters.items()}
+    return {"adapters": tree.nest(own)} | ({"shared": tree.nest(shared)} if shared else {})
+
+
+def from_variables(variables: Mapping[str, Tree]) -> dict[str, Any]:
+    """The adapters by path again."""
+    own = tree.flatten(variables["adapters"], is_leaf=lambda x: hasattr(x, "to_peft"))
+    shared = tree.flatten(variables.get("shared", {}), is_leaf=lambda x: isinstance(x, Fixed))
+    return {path: a.replace(shared=shared[path]) if path in shared else a for path, a in own.items()}
 
 
 def site_key(key: jax.Array, path: str) -> jax.Array:
