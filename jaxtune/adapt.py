@@ -2,58 +2,101 @@
 
     variables = {params: the base, adapters: the method's}      by path: trainable | frozen
 
-With `full` every parameter is on the trainable side and there is no adapter.
+With `full` and `partial` parameters are on the trainable side and there is no adapter.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
 from jaxtune import tree
+from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import UserError, did_you_mean
-from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters, save_adapter
+from jaxtune.hf import hub
+from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
 from jaxtune.hf.base import Base, load_base
+from jaxtune.hf.card import Run, card
+from jaxtune.hf.merge import save_merged
 from jaxtune.hf.weights import save_params
-from jaxtune.peft import METHODS, saved
-from jaxtune.peft.method import Start, is_trainable, read_config, to_variables
+from jaxtune.peft import METHODS, lora, partial, saved
+from jaxtune.peft.keys import read_config
+from jaxtune.peft.method import NO_TARGETS, Start, is_trainable, to_variables
+from jaxtune.probe import logits_of, write_adapter
 from jaxtune.typing import Tree
+
+OWN = ("method", "init_from")  # keys of the section that are not a method's
 
 
 class Adapted(NamedTuple):
-    """structure: of the variables, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None if `full`."""
+    """structure: of the variables, for `tree.unflatten`.  trainable, frozen: {path: array}.  peft: None where the base
+    itself trains, and then layers: {parameter path: whether each layer does}."""
 
     structure: Tree
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     peft: PeftAdapter | None
+    layers: dict[str, tuple[bool, ...]]
 
     def variables(self, trainable: dict[str, jax.Array]) -> Tree:
         return tree.unflatten(self.structure, self.frozen | trainable)
 
+    def optimiser(self, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The configured optimiser, with what the method does around it."""
+        if self.peft is None:
+            return partial.optimiser(inner, {f"params/{path}": which for path, which in self.layers.items()})
+        wrap = getattr(self.peft.method, "optimiser", None)
+        return wrap(inner, self.peft.config, self.frozen) if wrap else inner
+
+    def penalty(self) -> Callable[..., Any] | None:
+        """(trainable, frozen) to what the method adds to the loss."""
+        found = getattr(self.peft.method, "penalty", None) if self.peft else None
+        return functools.partial(found, self.peft.config) if self.peft and found else None
+
 
 def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
-    """(method module, its config) of a `peft` section as plain values; (None, None) for `full`.
+    """(method module, its config) of a `peft` section as plain values; the module is None for `full` and `partial`.
 
     Raises:
-      UserError: an unknown method, or a value that the method refuses.
+      UserError: an unknown method, a key that it does not have, or a value that it refuses.
     """
     name = section["method"]
-    if name == "full":
-        return None, None
-    if name not in METHODS:
-        known = [*METHODS, "full"]
+    known = [*METHODS, *partial.LEARNING_RATES]
+    if name not in known:
         raise UserError(f"`peft.method` is {name!r}. It can be: {', '.join(known)}.{did_you_mean(name, known)}")
-    values = {k: v for k, v in section.items() if k not in ("method", "init_from") and v is not None}
+    values = {k: v for k, v in section.items() if k not in OWN and v is not None}
     for pattern in ("rank_pattern", "alpha_pattern"):
         if isinstance(values.get(pattern), list):
             values[pattern] = dict(values[pattern])
-    method = METHODS[name]
-    return method, read_config(method.Config, values, method.NEUTRAL, "`config.peft`")
+    method = METHODS.get(name)
+    config_class = method.Config if method else partial.Config
+    fields = [f.name for f in dataclasses.fields(config_class)] if name != "full" else []
+    for key in values:
+        if key not in fields:
+            raise UserError(
+                f"`peft.{key}` is set, and {name} has no such key.{did_you_mean(key, fields)} "
+                f"It has: {', '.join(fields) or 'none; it trains everything'}."
+            )
+    if name == "partial" and "target_modules" not in values and "exclude_modules" not in values:
+        raise UserError(
+            "`peft.method` is partial. Name the modules that train in `peft.target_modules`, e.g. "
+            "('embed_tokens','lm_head'); or take full."
+        )
+    return method, read_config(config_class, values, method.NEUTRAL if method else {}, "`config.peft`")
+
+
+def learning_rate(section: dict[str, Any]) -> float:
+    """What the method trains well with, where the config names none."""
+    method, _ = read_method(section)
+    return method.LEARNING_RATE if method else partial.LEARNING_RATES[section["method"]]
 
 
 def check_targets(section: dict[str, Any], base: Base) -> None:
@@ -61,7 +104,9 @@ def check_targets(section: dict[str, Any], base: Base) -> None:
     method, config = read_method(section)
     if section["init_from"]:
         load_first(section, base)
-    elif method is not None:
+    elif method is None:
+        partial.plan(base.layout, config)
+    else:
         method.plan(base.layout, config)
         saved.choose(base.sites, config.modules_to_save)
 
@@ -72,22 +117,41 @@ def load_first(section: dict[str, Any], base: Base) -> PeftAdapter:
     Raises:
       MissingInputError, UserError: as `load_adapter`; or another method is asked for.
     """
-    if section["method"] == "full":
-        raise UserError("`peft.init_from` names an adapter, and `peft.method` is full. Give the model as `model.id`.")
-    peft = load_adapter(Path(section["init_from"]).expanduser(), base.layout)
-    if peft.method is not METHODS[section["method"]]:
+    if section["method"] not in METHODS:
+        raise UserError(
+            f"`peft.init_from` names an adapter, and `peft.method` is {section['method']}. Give the model as "
+            "`model.id`."
+        )
+    ours = {"soft_prompt_scale": section.get("soft_prompt_scale")}
+    peft = load_adapter(Path(section["init_from"]).expanduser(), base.layout, **ours)
+    stored = next(name for name, method in METHODS.items() if method is peft.method)
+    # The file of an encoder's output has no encoder.
+    name, config = peft.method.continues_as(peft.config) if hasattr(peft.method, "continues_as") else (stored, None)
+    if name != section["method"]:
         raise UserError(
             f"`peft.init_from` {section['init_from']} is of type {peft.method.PEFT_TYPE}, and `peft.method` is "
-            f"{section['method']}. Set the one that the adapter has."
+            f"{section['method']}. Set it to {name}"
+            + ("." if name == stored else f", as which it trains on: the file holds no more than {name} needs.")
         )
-    return peft
+    return peft._replace(method=METHODS[name], config=config or peft.config)
 
 
-def fresh_adapters(method: Any, config: Any, base: Base, mesh: Mesh, params: Tree, seed: int) -> Tree:
+def virtual_tokens(section: dict[str, Any], base: Base) -> Virtual:
+    """What the data puts before each row."""
+    method, config = read_method(section)
+    if section["init_from"]:
+        peft = load_first(section, base)
+        method, config = peft.method, peft.config
+    return method.virtual(config) if hasattr(method, "virtual") else NONE
+
+
+def fresh_adapters(
+    method: Any, config: Any, base: Base, mesh: Mesh, params: Tree, seed: int, encode: Callable[[str], Sequence[int]]
+) -> dict[str, Tree]:
     """The method's initial adapters, each made where its weight's axes say, never whole on one device."""
 
-    def init(key: jax.Array, flat: dict[str, jax.Array]) -> Tree:
-        start = Start(flat)
+    def init(key: jax.Array, flat: dict[str, jax.Array]) -> dict[str, Tree]:
+        start = Start(flat, encode)
         whole = saved.init(saved.choose(base.sites, config.modules_to_save), start)
         return to_variables(method.init(key, base.layout, config, start) | whole)
 
@@ -96,53 +160,142 @@ def fresh_adapters(method: Any, config: Any, base: Base, mesh: Mesh, params: Tre
     return jax.jit(lambda key, flat: nn.unbox(init(key, flat)), out_shardings=where)(key, flat)
 
 
-def adapt(section: dict[str, Any], base: Base, mesh: Mesh, *, dtype: str, seed: int) -> Adapted:
+def adapt(
+    section: dict[str, Any],
+    base: Base,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    seed: int,
+    total_steps: int,
+    encode: Callable[[str], Sequence[int]],
+) -> Adapted:
     """Loads the base and lays the method's adapters over it.
 
     Args:
       section: `config.peft` as plain values.  dtype: of the frozen base.  seed: of the initial adapters.
+      total_steps: of the run, for schedules of ranks.  encode: text to ids, for prompts that start from a text.
 
     Raises:
       UserError: a target that matches nothing, a checkpoint or an adapter that does not fit.
     """
     method, config = read_method(section)
+    layers = partial.plan(base.layout, config) if method is None else {}
     # What trains is float32, whatever the activations are: small updates would be lost in bfloat16.
-    params = load_base(base, mesh, lambda path: jnp.float32 if method is None else jnp.dtype(dtype))
+    params = load_base(base, mesh, lambda path: jnp.float32 if path in layers else jnp.dtype(dtype))
     variables, peft = {"params": params}, None
     if section["init_from"]:
         peft = load_first(section, base)
+        peft = peft._replace(config=with_steps(peft.config, total_steps))
         variables |= place_adapters(mesh, peft.adapters)
     elif method is not None:
+        config = with_steps(config, total_steps)
         peft = PeftAdapter(method, config, {}, None)
-        variables |= fresh_adapters(method, config, base, mesh, params, seed)
+        variables |= fresh_adapters(method, config, base, mesh, params, seed, encode)
     leaves = tree.flatten(variables)
-    trained = {p for p in leaves if peft is None or (p.startswith("adapters/") and is_trainable(p))}
+
+    def trains(path: str) -> bool:
+        collection, _, inner = path.partition("/")
+        return inner in layers if collection == "params" else collection == "adapters" and is_trainable(path)
+
     return Adapted(
         jax.tree.map(lambda _: 0, variables),
-        {path: leaf for path, leaf in leaves.items() if path in trained},
-        {path: leaf for path, leaf in leaves.items() if path not in trained},
+        {path: leaf for path, leaf in leaves.items() if trains(path)},
+        {path: leaf for path, leaf in leaves.items() if not trains(path)},
         peft,
+        layers,
     )
 
 
-def export(workdir: Path, base_name: str, base: Base, adapted: Adapted, trainable: dict[str, jax.Array]) -> Path:
-    """Writes what was trained: `adapter/` (a PEFT directory), or `model/` (a Hugging Face checkpoint) for `full`."""
-    variables = adapted.variables(trainable)
-    if adapted.peft is None:
-        save_params(workdir / "model", base.rows, variables["params"], base.directory, dtype=base.model.dtype)
-        return workdir / "model"
-    prefix = base.text_prefix
-    save_adapter(workdir / "adapter", variables, base.layout, adapted.peft, base_name, text_prefix=prefix)
-    return workdir / "adapter"
+def with_steps(config: Any, total_steps: int) -> Any:
+    """A schedule of ranks ends with the run unless it says otherwise.
+
+    Raises:
+      UserError: the run is too short for it.
+    """
+    if getattr(config, "total_step", 0) is not None:
+        return config
+    try:
+        return dataclasses.replace(config, total_step=total_steps)
+    except ValueError as error:
+        raise UserError(f"`config.peft`: {error}") from None
 
 
-def how_to_load(where: Path, base: Base, adapted: Adapted) -> str:
+def export_kind(config: Any, merged: bool = False) -> str:
+    """adapter | merged | model: the form of what a run leaves, and its directory's name."""
+    if config["peft"]["method"] not in partial.LEARNING_RATES:
+        return "merged" if merged else "adapter"
+    return "adapter" if config["export"]["format"] == "adapter" and not merged else "model"
+
+
+def check_push(config: Any, merged: bool = False) -> None:
+    """Refuses, before anything is done for it, what could not be pushed in the end.
+
+    Raises:
+      UserError: as `hub.check`.
+    """
+    section = config["export"]
+    if section["push_to_hub"]:
+        name = section["base_model_name_or_path"] or config["model"]["id"]
+        hub.check(section["push_to_hub"], name if export_kind(config, merged) == "adapter" else None)
+
+
+def export(
+    workdir: Path,
+    base: Base,
+    mesh: Mesh,
+    adapted: Adapted,
+    trainable: dict[str, jax.Array],
+    run: Run,
+    say: Callable[[str], None],
+    *,
+    out: Path | None = None,
+    dtype: Any = None,
+    shard_bytes: int = 4 * 10**9,
+    merged: bool = False,
+) -> Path:
+    """Writes what was trained: an adapter (a PEFT directory), or a Hugging Face checkpoint, as `export.format` says.
+
+    Args:
+      out: None: `adapter`, `model` or `merged` in the run directory.  dtype: of a checkpoint; None: the model's.
+      merged: a checkpoint with the adapter folded in.
+
+    Raises:
+      UserError, ExportError: as `write_adapter` and `save_merged`.
+    """
+    config: Any = run.config
+    variables, peft, section = adapted.variables(trainable), adapted.peft, config["export"]
+    kind = export_kind(config, merged)
+    where = out or workdir / kind
+    name, method = section["base_model_name_or_path"] or config["model"]["id"], config["peft"]["method"]
+    readme = card(kind, name, method, run, section["push_to_hub"])
+    dtype = dtype or base.model.dtype
+    if kind == "model":
+        how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme}
+        save_params(where, base.rows, variables["params"], base.directory, **how)
+        return where
+    if kind == "merged":
+        how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme, "peft_type": method}
+        found = save_merged(where, base, variables, logits=logits_of(base, mesh, variables, peft), **how)
+        say(f"merged in {jnp.dtype(dtype)}: logits are the adapter's but for {found:.0e} of the largest")
+        return where
+    if peft is None:
+        whole = partial.as_adapters(base.layout, adapted.layers, tree.flatten(variables["params"]))
+        names = partial.saved_names(base.layout, whole)
+        peft = PeftAdapter(lora, lora.Config(target_modules=NO_TARGETS, modules_to_save=names), {}, None)
+        variables |= to_variables(whole)
+    changes = adapted.peft is not None  # otherwise the base is no longer what it was
+    write_adapter(where, base, mesh, variables, peft, name, readme=readme, say=say, changes=changes)
+    return where
+
+
+def how_to_load(where: Path, base: Base) -> str:
     """What to type to use the result in transformers and peft."""
     dtype = str(jnp.dtype(base.model.dtype))
-    if adapted.peft is None:
+    if not (where / "adapter_config.json").exists():
         return (
             f"The model is in {where}. To load it:\n"
-            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype={dtype!r})"
+            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype='auto')"
         )
     return (
         f"The PEFT adapter is in {where}. To load it:\n"

@@ -1,10 +1,12 @@
 """Rotary positions, masks, the KV cache and the product itself.
 
-B batch, T query length, S key length, N query heads, K kv heads, G = N/K, H head dim, L layers.
+B batch, T query length, S key length, P prefix length, N query heads, K kv heads, G = N/K, H head dim, L layers.
 
 Rows are addressed by *slot* (index in the array) for causality and windows, by *position* for rotation: with packing
 positions restart in every segment while slots do not, and inside a segment both differ by a constant.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,20 @@ def visible(
     return near[None] & (key > 0) & ((query == key) | (query == 0))
 
 
+class Prefix(NamedTuple):
+    """Keys and values before every text, the same for all rows, and which queries see them."""
+
+    k: Float[Array, "P K H"]
+    v: Float[Array, "P K H"]
+    mask: Bool[Array, "B T P"]
+
+
+def prefix_visible(positions: Int[Array, "B T"], length: int, window: Int[Array, ""]) -> Bool[Array, "B T {length}"]:
+    """Which of a prefix's slots a query may see.  To a window they are ordinary past, at positions 0 to length - 1;
+    `positions` go on from there.  Slots do not count here: padding on the left stands before the text, not between."""
+    return positions[..., None] - jnp.arange(length)[None, None] < window
+
+
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -50,6 +66,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None,
+    prefix: Prefix | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped kv heads; scores and softmax in float32 (transformers' `eager_attention_forward`).
 
@@ -62,12 +79,20 @@ def attend(
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * scale
+    if prefix is not None:
+        # Scores are put together, not keys, which would be copied with every token.
+        before = jnp.einsum("BKQH,PKH->BKQP", q, prefix.k, preferred_element_type=jnp.float32) * scale
+        scores, mask = jnp.concatenate([before, scores], axis=-1), jnp.concatenate([prefix.mask, mask], axis=-1)
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
     scores = scores.reshape(B, K, G, T, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, -1)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
+    first = 0 if prefix is None else prefix.k.shape[0]
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights[..., first:], v, preferred_element_type=jnp.float32)
+    if prefix is not None:
+        out += jnp.einsum("BKQP,PKH->BKQH", weights[..., :first], prefix.v, preferred_element_type=jnp.float32)
+    out = out.astype(v.dtype)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

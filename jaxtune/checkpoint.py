@@ -136,7 +136,7 @@ class Checkpoints:
             "rows": rows,
             "metrics": metrics or {},
             "identity": self._identity,
-            "leaves": _spec(leaves),
+            "leaves": spec_of(leaves),
         }
         # Only started here; the thread reads the answers, so that the training loop never waits for them.
         finite = _finite({path: leaf for path, leaf in leaves.items() if path.startswith("trainable/")})
@@ -184,8 +184,8 @@ class Checkpoints:
         path = self.directory / str(step)
         record = json.loads((path / RECORD).read_bytes())
         wanted = flatten(abstract_state)
-        _check_same(f"Checkpoint {path}", record["identity"], self._identity)
-        _check_same(f"Checkpoint {path}", record["leaves"], _spec(wanted))
+        check_same(f"Checkpoint {path}", record["identity"], self._identity)
+        check_same(f"Checkpoint {path}", record["leaves"], spec_of(wanted))
         values = self._orbax.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
         self._last_saved = step
         metrics = {name: float(value) for name, value in record["metrics"].items()}
@@ -241,7 +241,7 @@ class Checkpoints:
     def _delete_old(self) -> None:
         losses: dict[int, float | None] = dict.fromkeys(steps(self.directory))
         if self._keep[1]:
-            losses = {step: _eval_loss(self.directory / str(step)) for step in losses}
+            losses = {step: eval_loss_of(self.directory / str(step)) for step in losses}
         for step in expendable(losses, *self._keep):
             # Renamed first: a kill while files are being deleted must not leave half a step in sight.
             try:
@@ -329,7 +329,7 @@ def verify(step: Path) -> str | None:
     return None
 
 
-def _eval_loss(step: Path) -> float | None:
+def eval_loss_of(step: Path) -> float | None:
     try:
         return json.loads((step / RECORD).read_bytes())["metrics"].get("eval_loss")
     except (OSError, ValueError, KeyError):
@@ -341,12 +341,12 @@ def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
-def _spec(leaves: dict[str, Any]) -> dict[str, str]:
+def spec_of(leaves: dict[str, Any]) -> dict[str, str]:
     """{'trainable/layers/attn/q/kernel/a': 'float32[2,64,8]', ...}."""
     return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in leaves.items()}
 
 
-def _check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
+def check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
     keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if not keys:
         return

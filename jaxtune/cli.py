@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxtune.config import check, find_secret, flatten, get_default, set_value, shown
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "export", "compare")
 
 
 class Arguments(NamedTuple):
@@ -49,7 +49,7 @@ def parse(module: str, argv: Sequence[str], description: str) -> Arguments:
     parser = Parser(
         prog=f"python -m {module}",
         description=description,
-        epilog="Any setting of jaxtune/config.py: --config.section.key=value, e.g. --config.optim.learning_rate=1e-4",
+        epilog="Any setting of jaxtune/defaults.py: --config.section.key=value, e.g. --config.optim.learning_rate=1e-4",
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a recipe (configs/*.py, or FILE.py:argument), or a run's config.json")
@@ -67,13 +67,25 @@ def parse(module: str, argv: Sequence[str], description: str) -> Arguments:
     if not known.config:
         raise UserError("--config is missing. Give a recipe, e.g. --config configs/quickstart.py; or try --help.")
     config = load_config(known.config)
-    for word in rest:
-        path, text = word.removeprefix("--config.").split("=", 1)
-        set_value(config, path, literal(text))
+    settings = {path: literal(text) for path, text in (w.removeprefix("--config.").split("=", 1) for w in rest)}
+    change_method(config, settings.get("peft.method"), known.config)
+    for path, value in settings.items():
+        set_value(config, path, value)
     check(config)
     name = Path(known.config.split(":")[0]).stem
     workdir = Path(known.workdir or Path("runs") / name).expanduser().resolve()
     return Arguments(config, workdir, shlex.join(["python", "-m", module, *argv]))
+
+
+def change_method(config: Any, method: Any, source: str) -> None:
+    """A recipe's `peft` section and learning rate are meant for its own method: where the command line names another,
+    they are that one's defaults, so that `--config.peft.method=ia3` alone is a sensible run."""
+    if method is None or method == config.peft.method:
+        return
+    print(f"{source} is for {config.peft.method}; for {method} its learning rate and `peft` section are not used")
+    usual: Any = get_default()
+    config.peft.update(dict(usual.peft.items()))
+    config.optim.learning_rate = None
 
 
 def literal(text: str) -> Any:

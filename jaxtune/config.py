@@ -1,4 +1,4 @@
-"""Every setting, its default and its meaning; and `check`, which refuses what cannot be meant.
+"""Settings: `get_default` (all of them are in jaxtune/defaults.py), and `check`, which refuses what cannot be meant.
 
 A recipe in `configs/` is data: it takes `get_default()`, changes some values and returns it.  The same file drives
 `jaxtune.train` on TPUs and `torch_gpu.train` on GPUs, so nothing here imports jax or torch.
@@ -6,169 +6,18 @@ A recipe in `configs/` is data: it takes `get_default()`, changes some values an
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
+from jaxtune.defaults import ASSETS, get_default
 from jaxtune.errors import UserError, did_you_mean
 
-# The embedded tiny Gemma and its data, for the quickstart and the tests.
-ASSETS = Path(__file__).parent / "assets"
-
-
-def optional(kind: type) -> Any:
-    """A key that is None unless set, and then of `kind`."""
-    return config_dict.placeholder(kind)
-
-
-def get_default() -> Any:
-    """The locked defaults; a misspelt key raises where it is written."""
-    c = ConfigDict()
-
-    c.model = ConfigDict()
-    # A local directory with config.json, *.safetensors and tokenizer files, or a Hugging Face Hub id.
-    c.model.id = ""
-    # Hub revision: a branch, a tag or a commit.
-    c.model.revision = optional(str)
-    # Of the frozen weights and of the activations: float32 | bfloat16 | float16.  Adapters are always float32.
-    c.model.dtype = "bfloat16"
-    # Quantisation of the frozen weights: None.
-    c.model.quant = optional(str)
-
-    c.peft = ConfigDict()
-    # lora | full (every weight trains, the output is a Hugging Face checkpoint).
-    c.peft.method = "lora"
-    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).  Its own settings then stand, and
-    # the keys below are not read.
-    c.peft.init_from = optional(str)
-    # From here on the keys and their defaults are PEFT's `LoraConfig`.
-    c.peft.r = 8
-    c.peft.lora_alpha = 8.0
-    c.peft.lora_dropout = 0.0
-    # "all-linear", a regular expression over whole module paths, or a tuple of names ("q_proj", "v_proj").
-    c.peft.target_modules = optional(object)
-    c.peft.exclude_modules = optional(object)
-    # Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
-    c.peft.use_rslora = False
-    # Layer indices that get an adapter; None: all.
-    c.peft.layers_to_transform = optional(object)
-    c.peft.layers_pattern = optional(object)
-    # {"regex over module paths": value}; ConfigDict refuses dots in keys, so pairs (("layers.0.mlp", 4),) serve too.
-    c.peft.rank_pattern = optional(object)
-    c.peft.alpha_pattern = optional(object)
-    # none | all | lora_only (these families have no biases, so it only reaches the exported config).
-    c.peft.bias = "none"
-    # Modules trained whole beside the adapter, e.g. ("embed_tokens", "lm_head").
-    c.peft.modules_to_save = optional(object)
-    # True (PEFT's Kaiming A, zero B) | False (both random) | "gaussian".
-    c.peft.init_lora_weights = optional(object)
-
-    c.data = ConfigDict()
-    # A .jsonl/.json/.csv/.parquet file, or a Hub dataset id.
-    c.data.train = ""
-    c.data.eval = optional(str)
-    # For Hub datasets: configuration name, split names and revision.
-    c.data.name = optional(str)
-    c.data.train_split = "train"
-    c.data.eval_split = "validation"
-    c.data.revision = optional(str)
-    # Read rows as they come instead of indexing them all (no shuffling; resume re-reads and skips).
-    c.data.streaming = False
-    # messages (a list of {role, content}) | prompt_completion | text.
-    c.data.format = "messages"
-    # messages: the column that holds the turns.
-    c.data.messages = "messages"
-    # prompt_completion: templates over named columns; loss is on the completion alone.
-    c.data.prompt = "{prompt}"
-    c.data.completion = "{completion}"
-    # text: a template over named columns; loss is on everything.
-    c.data.text = "{text}"
-    # messages: None is the checkpoint's own template; gemma | chatml | llama2 by name.
-    # prompt_completion: None is plain text; a name, or "tokenizer" for the checkpoint's, is one user/assistant pair.
-    c.data.chat_template = optional(str)
-    # Tokens a row may have, BOS and end-of-turn included.
-    c.data.max_length = 1024
-    # What happens to longer rows: right (cut the end) | left (cut the beginning, BOS kept) | drop.
-    c.data.truncation = "right"
-    # error (stop and list them) | skip (count them).
-    c.data.on_bad_row = "error"
-    c.data.shuffle = True
-    # Use only the first rows of each file.
-    c.data.max_train_rows = optional(int)
-    c.data.max_eval_rows = optional(int)
-
-    c.optim = ConfigDict()
-    # adamw | adafactor | lion | sgd.
-    c.optim.name = "adamw"
-    c.optim.learning_rate = 2e-4
-    # constant | linear | cosine, after a linear warm-up.
-    c.optim.schedule = "cosine"
-    c.optim.warmup_steps = 0
-    # Where linear and cosine end, as a fraction of learning_rate.
-    c.optim.end_fraction = 0.0
-    c.optim.weight_decay = 0.0
-    # adamw and lion.
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.eps = 1e-8
-    # sgd.
-    c.optim.momentum = 0.0
-    # Clip the gradient's global norm; 0: never.
-    c.optim.max_grad_norm = 1.0
-
-    c.train = ConfigDict()
-    # Optimiser steps; None: as many as `epochs` need.
-    c.train.steps = optional(int)
-    c.train.epochs = 1.0
-    # Rows per optimiser step over all devices and accumulation steps.
-    c.train.global_batch_size = 8
-    c.train.gradient_accumulation_steps = 1
-    c.train.seed = 0
-    # Steps between evaluations; 0: only before the first step and after the last.
-    c.train.eval_every = 0
-    # Steps between checkpoints.
-    c.train.save_every = 100
-    # Steps between plain lines when the output is no terminal.
-    c.train.log_every = 10
-    # Recompute a layer's activations in the backward pass: full | none.
-    c.train.remat = "full"
-
-    # Devices along each axis; -1 takes what is left.
-    c.mesh = ConfigDict()
-    c.mesh.data = 1
-    c.mesh.fsdp = -1
-    c.mesh.tensor = 1
-
-    c.checkpoint = ConfigDict()
-    # The newest checkpoints kept for resuming.
-    c.checkpoint.keep_last_n = 2
-    # Besides these, the best by evaluation loss (0: none).
-    c.checkpoint.keep_best_n = 0
-    # auto (go on where this run directory stopped) | never (refuse a directory that has checkpoints).
-    c.checkpoint.resume = "auto"
-
-    c.evaluate = ConfigDict()
-    # Evaluation rows answered by generation before and after training, scored by exact match; 0: none.
-    c.evaluate.samples = 0
-    c.evaluate.max_new_tokens = 64
-    # Rows per forward pass of an evaluation; None: train.global_batch_size / gradient_accumulation_steps.
-    c.evaluate.batch_size = optional(int)
-
-    c.logging = ConfigDict()
-    c.logging.tensorboard = True
-
-    c.export = ConfigDict()
-    # `base_model_name_or_path` in adapter_config.json; None: model.id.
-    c.export.base_model_name_or_path = optional(str)
-
-    return c.lock()
-
+__all__ = ["ASSETS", "check", "flatten", "get_default", "set_value", "to_json"]
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.quant": (None,),
-    "peft.bias": ("none", "all", "lora_only"),
     "data.format": ("messages", "prompt_completion", "text"),
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_row": ("error", "skip"),
@@ -176,6 +25,7 @@ CHOICES = {
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.remat": ("full", "none"),
     "checkpoint.resume": ("auto", "never"),
+    "export.format": (None, "checkpoint", "adapter"),
 }
 
 # Inclusive lower bounds.

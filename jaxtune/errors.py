@@ -32,8 +32,14 @@ class NetworkError(UserError):
     exit_code = 69
 
 
+class ExportError(UserError):
+    """What was to be written does not compute what was trained (exit code 70)."""
+
+    exit_code = 70
+
+
 class CannotCreateError(UserError):
-    """The run directory cannot be used (exit code 73)."""
+    """A directory cannot be used for what it is to hold (exit code 73)."""
 
     exit_code = 73
 

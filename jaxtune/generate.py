@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxtune.attention import Cache
 from jaxtune.errors import UserError
 from jaxtune.layers import output_logits
+from jaxtune.peft.method import folded
 from jaxtune.typing import Tree
 
 # Prompt slots and new tokens are rounded up to these, so that few shapes are compiled.
@@ -62,16 +63,20 @@ def decode(
     """(tokens, how many of them) for each row; a row ends with its stop token, which is counted."""
     c = model.config
     B, P = tokens.shape
+    variables = folded(variables)
     table = model.apply(variables, method="head")
     stops = jnp.asarray(stop_ids, jnp.int32)
 
-    def forward(cache, tokens, positions, segments):
+    def forward(variables, cache, tokens, positions, segments):
         hidden, cache = model.apply(variables, tokens, positions, segments, cache)
         return output_logits(hidden[:, -1], table, c.final_softcap), cache
 
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = Cache.empty(c.layers, B, P + new, c.kv_heads, c.head_dim, model.dtype)
-    logits, cache = forward(cache, tokens, positions, segments)
+    logits, cache = forward(variables, cache, tokens, positions, segments)
+    # Virtual tokens stand before a text only; their keys and values are in the cache by now.
+    adapters = {name: part for name, part in variables.get("adapters", {}).items() if name != "prompt"}
+    later = variables | {"adapters": adapters}
 
     def unfinished(carry):
         step, _, _, done, *_ = carry
@@ -84,7 +89,7 @@ def decode(
         count = jnp.where(done, count, count + 1)
         done = done | jnp.any(token[:, None] == stops[None], axis=1)
         position = position + 1
-        logits, cache = forward(cache, token[:, None], position[:, None], jnp.ones((B, 1), jnp.int32))
+        logits, cache = forward(later, cache, token[:, None], position[:, None], jnp.ones((B, 1), jnp.int32))
         return step + 1, out, count, done, logits, cache, position
 
     start = (0, jnp.zeros((B, new), jnp.int32), jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool))
@@ -106,6 +111,7 @@ def generate(
     """New token ids of each prompt, its stop token left out.  Greedy tokens equal transformers' `generate`.
 
     Args:
+      prompts: token ids, behind those of the virtual tokens where the adapter has any.
       batch_size: prompts to a batch; None: all at once.  The last batch is filled up with copies of its first prompt.
     """
     sampling = sampling or Sampling()

@@ -132,6 +132,23 @@ class Head(nn.Module):
         return table if adapter is None else adapter.weight(table)
 
 
+def with_prompt(module: nn.Module, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """x with the embeddings of virtual tokens (ids below zero: `jaxtune.data.virtual`), where `module` has a prompt.
+
+    They are used as the prompt has them, without the factor of the table's rows.  They are chosen by a product with
+    ones and zeros, so that their gradient is a product too, and exact, since but one summand is not zero.
+    """
+    prompt = adapter_of(module, "prompt")
+    if prompt is None:
+        return x
+    rows = prompt.rows(module.make_rng("dropout") if module.has_rng("dropout") else None)
+    hit = (-1 - tokens)[..., None] == jnp.arange(rows.shape[0])[None, None]
+    virtual = jnp.einsum("BTP,PD->BTD", hit.astype(jnp.float32), rows, precision="highest").astype(x.dtype)
+    if prompt.scale != 1:
+        virtual = virtual * jnp.asarray(prompt.scale, x.dtype)
+    return jnp.where((tokens < 0)[..., None], virtual, x)
+
+
 def output_logits(
     hidden: Float[Array, "*batch D"], table: Float[Array, "V D"], softcap: float | None
 ) -> Float[Array, "*batch V"]:

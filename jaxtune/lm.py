@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
 from jaxtune.data.chat import render_folded
+from jaxtune.data.virtual import NONE, Virtual, insert, tasks_of
 from jaxtune.errors import MissingInputError, UserError
-from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters, save_adapter
+from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
 from jaxtune.hf.base import Base, load_base, open_base
 from jaxtune.layers import output_logits
 from jaxtune.typing import Tree
@@ -22,7 +24,9 @@ from jaxtune.typing import Tree
 @functools.partial(jax.jit, static_argnums=0)
 def forward_logits(model: Any, variables: Tree, tokens: Any, segments: Any) -> Any:
     """Float32 logits [B, T, V] of every position, soft-capped: for inspection, never for training."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # Counted from each row's first token: what stands before all texts (a prefix) is as near to every one of them.
+    first = jnp.argmax(segments > 0, axis=1)[:, None]
+    positions = jnp.maximum(jnp.arange(tokens.shape[1])[None] - first, 0)
     hidden, _ = model.apply(variables, tokens, positions, segments)
     return output_logits(hidden, model.apply(variables, method="head"), model.config.final_softcap)
 
@@ -38,19 +42,18 @@ class LanguageModel:
     tokenizer: Any | None
 
     def logits(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, task_id: Any = None) -> np.ndarray:
-        """Logits of every position, equal to transformers' (eager attention).
+        """Logits of every position, equal to transformers' (eager attention); with a prompt or a prefix, to peft's of
+        each row without padding.
 
         Args:
           input_ids: [B, T] integers.  attention_mask: [B, T], 0 where padding, on either side.
-          labels, task_id: for encoder-decoders and multitask prompts.
+          labels: for encoder-decoders.  task_id: for multitask prompts, an integer or one for each row.
 
         Returns:
-          float32 [B, T, V].
+          float32 [B, T, V]: of the given tokens, not of virtual ones.
         """
-        if labels is not None or task_id is not None:
-            raise UserError(
-                "`labels` is for encoder-decoders and `task_id` for multitask prompts; this model is neither."
-            )
+        if labels is not None:
+            raise UserError("`labels` is for encoder-decoders; this model is none.")
         try:
             tokens = np.asarray(input_ids, np.int32)
         except (TypeError, ValueError):
@@ -68,8 +71,18 @@ class LanguageModel:
         segments = np.ones_like(tokens) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
         if segments.shape != tokens.shape:
             raise UserError(f"attention_mask has shape {segments.shape}; it must be input_ids' {tokens.shape}.")
+        virtual, rows = self.virtual, len(tokens)
+        tokens, segments, slots = insert(tokens, segments, virtual, tasks_of(virtual, task_id, rows))
         with jax.set_mesh(self.mesh):
-            return np.asarray(forward_logits(self.base.model, self.variables, tokens, segments))
+            logits = np.asarray(forward_logits(self.base.model, self.variables, tokens, segments))
+        return np.take_along_axis(logits, slots[..., None], axis=1) if virtual.count else logits
+
+    @property
+    def virtual(self) -> Virtual:
+        """The virtual tokens before every text."""
+        return (
+            self.peft.method.virtual(self.peft.config) if self.peft and hasattr(self.peft.method, "virtual") else NONE
+        )
 
     def generate(
         self,
@@ -79,15 +92,21 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        task_id: Any = None,
     ) -> list[str]:
-        """Answers to a list of texts, or of chats (lists of {role, content}), without the prompt and special tokens."""
+        """Answers to a list of texts, or of chats (lists of {role, content}), without the prompt and special tokens.
+
+        Args:
+          task_id: for multitask prompts, an integer or one for each text.
+        """
         from jaxtune.generate import Sampling, generate
 
         if self.tokenizer is None:
             raise MissingInputError(f"{self.base.directory} has no tokenizer (tokenizer.json or tokenizer.model).")
         if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
             raise UserError("`prompts` is a list of texts, or of chats; for one of them write generate([prompt]).")
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        before = [self.virtual.ids(task).tolist() for task in tasks_of(self.virtual, task_id, len(prompts))]
+        ids = [own + encode_prompt(self.tokenizer, prompt) for own, prompt in zip(before, prompts, strict=True)]
         sampling = Sampling(temperature, top_k, top_p)
         with jax.set_mesh(self.mesh):
             out = generate(
@@ -102,17 +121,62 @@ class LanguageModel:
         return [self.tokenizer.decode(tokens) for tokens in out]
 
     def save_adapter(self, directory: str | Path) -> None:
-        """Writes the adapter as a PEFT directory."""
+        """Writes the adapter as a PEFT directory, and reads it back to see that it is the same.
+
+        Raises:
+          UserError: there is none, or it cannot be written.  ExportError: what was written computes something else.
+        """
+        from jaxtune.hf.card import card
+        from jaxtune.probe import write_adapter
+
         if self.peft is None:
             raise UserError("This model has no adapter to save. Load one with jaxtune.load(..., adapter=DIR).")
-        save_adapter(
-            Path(directory),
-            self.variables,
-            self.base.layout,
-            self.peft,
-            self.peft.base or self.base.id,
-            text_prefix=self.base.text_prefix,
+        name = self.peft.base or self.base.id
+        readme = card("adapter", name, self.peft.method.PEFT_TYPE.lower())
+        place = (self.base, self.mesh, self.variables, self.peft, name)
+        write_adapter(
+            Path(directory), *place, readme=readme, say=functools.partial(warnings.warn, stacklevel=2), changes=False
         )
+
+    def save_merged(self, directory: str | Path, dtype: str | None = None, max_shard_size: str | int = "4GB") -> None:
+        """Writes the model with the adapter folded into its weights, as a Hugging Face checkpoint.
+
+        Args:
+          dtype: float32 | bfloat16 | float16; None: as the model was loaded.
+
+        Raises:
+          UserError: the adapter is no part of any weight (prompts, prefixes), or it cannot be written.
+          ExportError: the merged model's logits are not the adapter's; nothing was written.
+        """
+        from jaxtune.hf.card import card
+        from jaxtune.hf.merge import save_merged
+        from jaxtune.hf.weights import size_of
+        from jaxtune.probe import logits_of
+
+        check_dtype(dtype or "float32")
+        if self.peft is None:
+            raise UserError("This model has no adapter to merge. Load one with jaxtune.load(..., adapter=DIR).")
+        method = self.peft.method.PEFT_TYPE.lower()
+        save_merged(
+            Path(directory),
+            self.base,
+            self.variables,
+            peft_type=method,
+            logits=logits_of(self.base, self.mesh, self.variables, self.peft),
+            dtype=dtype or self.base.model.dtype,
+            shard_bytes=size_of(max_shard_size),
+            readme=card("merged", self.base.id, method),
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses what weights cannot be.
+
+    Raises:
+      UserError: naming what they can be.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {dtype!r}. It can be: float32, bfloat16, float16.")
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -136,23 +200,25 @@ def load(
     dtype: str = "float32",
     quant: str | None = None,
     mesh: Mesh | None = None,
+    soft_prompt_scale: str | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint (directory or Hub id) and, over it, a PEFT adapter directory.
 
     Args:
       dtype: of weights and activations; adapters are float32.  quant: None.
       mesh: where to put it (`jaxtune.mesh.make_mesh`); None: the first device.
+      soft_prompt_scale: pre, for a prompt that was trained over Gemma 1 or 2 with transformers before 5.4, which
+        multiplied it by √width; post, for others; None: what jaxtune.json says, where we wrote one, else post.
 
     Raises:
       UserError: what was asked, what exists, what to do.
     """
     if quant is not None:
         raise UserError(f"quant is {quant!r}. It can be: None.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype is {dtype!r}. It can be: float32, bfloat16, float16.")
+    check_dtype(dtype)
     mesh = mesh or meshes.make_mesh(1, 1, 1, jax.devices()[:1])
     base = open_base(str(model_id), dtype=dtype)
-    peft = None if adapter is None else load_adapter(Path(adapter), base.layout)
+    peft = None if adapter is None else load_adapter(Path(adapter), base.layout, soft_prompt_scale=soft_prompt_scale)
     variables = {"params": load_base(base, mesh, lambda path: jnp.dtype(dtype))}
     if peft is not None:
         variables |= place_adapters(mesh, peft.adapters)

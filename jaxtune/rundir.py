@@ -161,6 +161,16 @@ class RunRecord:
             update_run(self._workdir, "running", resume_command=self._command)
             self._started = True
 
+    def note(self, **facts: Any) -> None:
+        """Numbers of the run, for `jaxtune.compare`.
+
+        Raises:
+          StorageError: as `write_atomic`.
+        """
+        if self._started:
+            record = json.loads((self._workdir / "run.json").read_text())
+            write_json_atomic(self._workdir / "run.json", record | facts)
+
     def end(self, exit_code: int) -> None:
         """The run came to its end, or (75) stopped where it can go on.
 

@@ -75,6 +75,6 @@ def identity(config: dict[str, dict[str, Any]], total_steps: int, **hashes: str)
         f"{section}.{key}": v for section, values in config.items() if section not in FREE for key, v in values.items()
     }
     kept = {key: json.dumps(value, sort_keys=True) for key, value in named.items() if key not in FREE_KEYS}
-    if config["optim"]["schedule"] != "constant":
-        kept["train.steps"] = str(total_steps)  # the schedule's shape depends on it
+    if config["optim"]["schedule"] != "constant" or config["peft"]["method"] == "adalora":
+        kept["train.steps"] = str(total_steps)  # the schedule's shape depends on it, or that of the ranks
     return kept | hashes

@@ -5,6 +5,7 @@ flat dicts, and the tree is put together again inside the step.  Full fine-tunin
 on the trainable side.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,12 +29,16 @@ def train_step(
     optimiser: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
+    penalty: Callable[..., Float[Array, ""]] | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """One update from a global batch of A micro-batches, [A, B, T].
 
     Each micro-batch's summed loss is divided by the target tokens of the whole global batch, so that A micro-batches
     give the gradient of one large batch whatever their lengths.  Dropout's keys are a function of (seed, step,
     micro-batch).
+
+    Args:
+      penalty: (trainable, frozen) to what a method adds to the loss; the loss that is reported is without it.
     """
     total = jnp.sum(batch["weights"])
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -49,6 +54,8 @@ def train_step(
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trainable))
     (loss, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(batch["weights"].shape[0])))
 
+    if penalty is not None:
+        grads = jax.tree.map(jnp.add, grads, jax.grad(penalty)(state.trainable, frozen))
     updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
     metrics = {

@@ -1,9 +1,13 @@
 """The numbers of each step, read one step late, so that the device never waits for the host."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from jaxtune.console import Progress
 from jaxtune.errors import DivergedError
@@ -52,3 +56,12 @@ class StepLog:
     def restart_clock(self) -> None:
         """What happened since the last step (an evaluation, a save) is not part of the next one."""
         self._clock = time.monotonic()
+
+
+def peak_memory() -> int:
+    """The most bytes that one device of this process held; on CPUs, which do not count them, the process."""
+    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if any(counts):
+        return max(counts)
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -12,20 +12,22 @@ from typing import Any
 
 import jax
 
-from jaxtune import adapt, cli, config, evaluate, optim, rundir, tree
+from jaxtune import adapt, cli, config, evaluate, optim, rundir, steplog, tree
 from jaxtune import mesh as meshes
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.console import Console, Progress
 from jaxtune.data.batches import Batch, eval_batches
 from jaxtune.data.splits import fingerprint, read_prompts, read_splits, rows_to_train, train_batches
 from jaxtune.errors import CannotCreateError
+from jaxtune.hf import hub
 from jaxtune.hf.base import open_base
+from jaxtune.hf.card import Run
+from jaxtune.lm import encode_prompt
 from jaxtune.metrics import MetricsLog
 from jaxtune.rundir import STOPPED
 from jaxtune.signals import stop_requests
 from jaxtune.state import identity, make_state, resume, to_save
 from jaxtune.step import eval_step, train_step
-from jaxtune.steplog import StepLog
 from jaxtune.tokenizer import load_tokenizer
 
 SHOWN = 8  # answers in the table
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         stop_requests() as stop,
     ):
         try:
-            code = train(arguments.config, workdir, console, stop, record.start)
+            code = train(arguments.config, workdir, console, stop, record.start, record.note)
         except BaseException as error:
             console.record(f"error: {str(error) or type(error).__name__}")
             record.fail(error)
@@ -59,22 +61,28 @@ def train(
     console: Console,
     stop: Sequence[int] = (),
     accepted: Callable[[dict[str, Any]], None] = lambda config: None,
+    note: Callable[..., None] = lambda **facts: None,
 ) -> int:
     """The run, from a checked config to an exported adapter; returns the exit code.
 
     Args:
       stop: no longer empty when the run is to stop.
       accepted: called with the plain config once nothing of the command is left to refuse.
+      note: called with what the finished run took.
     """
     plain = config.to_json(c)
-    adapt.read_method(plain["peft"])  # refuses what it cannot mean before anything is read
+    usual = adapt.learning_rate(plain["peft"])  # refuses what it cannot mean before anything is read
+    if c.optim.learning_rate is None:
+        c.optim.learning_rate = plain["optim"]["learning_rate"] = usual
+    adapt.check_push(plain)
 
     # ---------------------------------------------------------------- Data: tokenised before a weight is loaded
     base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, remat=c.train.remat == "full")
     adapt.check_targets(plain["peft"], base)
     tokenizer = load_tokenizer(base.directory)
-    rows, held, length = read_splits(c.data, tokenizer, console.say)
-    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples)
+    virtual = adapt.virtual_tokens(plain["peft"], base)
+    rows, held, length = read_splits(c.data, tokenizer, console.say, virtual)
+    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples, virtual)
     size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
     end = rows_to_train(c.train, rows)
     total = math.ceil(end / size)
@@ -102,16 +110,21 @@ def train(
         console.say(
             f"model: {c.model.id}, {tree.count(base.abstract):,} parameters, on {mesh.size} {jax.default_backend()}"
         )
-        adapted = adapt.adapt(plain["peft"], base, mesh, dtype=c.model.dtype, seed=c.train.seed)
-        console.say(f"{c.peft.method}: {tree.count(adapted.trainable):,} parameters train")
+        how = {"dtype": c.model.dtype, "seed": c.train.seed, "total_steps": total}
+        encode = functools.partial(encode_prompt, tokenizer)
+        adapted = adapt.adapt(plain["peft"], base, mesh, **how, encode=encode)
+        console.say(
+            f"{c.peft.method}: {tree.count(adapted.trainable):,} parameters train, learning rate "
+            f"{c.optim.learning_rate:g}"
+        )
         if c.peft.init_from and adapted.peft:
             console.say(f"  from {c.peft.init_from}, with its settings: {adapted.peft.config}")
         schedule = optim.make_schedule(c.optim, total)
-        optimiser = optim.make_optimiser(c.optim, schedule)
+        optimiser = adapted.optimiser(optim.make_optimiser(c.optim, schedule))
         state, frozen = make_state(optimiser, adapted.trainable, mesh), adapted.frozen
         parts = {"model": base.model, "structure": adapted.structure}
-        update = functools.partial(train_step, **parts, optimiser=optimiser, schedule=schedule, seed=c.train.seed)
-        step = jax.jit(update, donate_argnums=0)
+        rule = {"optimiser": optimiser, "schedule": schedule, "seed": c.train.seed, "penalty": adapted.penalty()}
+        step = jax.jit(functools.partial(train_step, **parts, **rule), donate_argnums=0)
         score = jax.jit(functools.partial(eval_step, **parts))
 
         def eval_loss() -> float:
@@ -137,7 +150,7 @@ def train(
                 MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=jax.process_index() > 0) as log,
                 Progress(console, total=total, start=start, log_every=c.train.log_every) as progress,
             ):
-                steps = StepLog(log, progress)
+                steps = steplog.StepLog(log, progress)
 
                 # ---------------------------------------------------- Before the first step
                 if start:
@@ -186,10 +199,14 @@ def train(
                 f"exact match on {len(table)} rows: {scores['exact_match_before']:.1%} before, "
                 f"{scores['exact_match_after']:.1%} after"
             )
+        took = {"trainable_parameters": tree.count(adapted.trainable), "peak_memory_bytes": steplog.peak_memory()}
+        note(base_parameters=tree.count(base.abstract), **took)
         if jax.process_index() == 0:
             rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
-        where = adapt.export(workdir, c.export.base_model_name_or_path or c.model.id, base, adapted, state.trainable)
-        console.say(adapt.how_to_load(where, base, adapted))
+        where = adapt.export(workdir, base, mesh, adapted, state.trainable, Run(plain, scores), console.say)
+        console.say(adapt.how_to_load(where, base))
+        if c.export.push_to_hub and jax.process_index() == 0:
+            hub.publish(where, c.export.push_to_hub, private=c.export.private, say=console.say)
     return 0
 
 

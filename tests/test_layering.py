@@ -12,16 +12,17 @@ TIERS = (
     "rundir tensorboard metrics console signals data spm tokenizer",
     "mesh layers attention quant",
     "models peft",
-    "hf checkpoint optim loss state step steplog",
-    "config",  # Read by commands alone, which unpack it into arguments.
-    "adapt cli lm train plan preview generate evaluate export compare doctor",  # Commands, and what only they share.
+    "hf checkpoint optim loss state step steplog peek",
+    "defaults config",  # Read by commands alone, which unpack it into arguments.
+    # Commands, and what only they share.
+    "adapt cli lm train plan preview generate evaluate export probe compare doctor",
 )
 HOMELESS = len(TIERS)
 # Their place would allow it, and yet: they meet through paths, boxes and the doors of layers.py.
 NEVER = {("models", "peft"), ("models", "quant"), ("peft", "models")}
 
 # Files that torch_gpu/ reads too: no array library, and none by way of another file.
-PLAIN = "errors typing config rundir tensorboard metrics console signals data spm tokenizer"
+PLAIN = "errors typing defaults config rundir tensorboard metrics console signals data spm tokenizer"
 ARRAYS = {"jax", "jaxlib", "flax", "optax", "orbax"}
 REFERENCES = {"torch", "transformers", "peft", "bitsandbytes"}  # For tests and torch_gpu/.
 

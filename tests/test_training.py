@@ -56,11 +56,12 @@ class Run:
         base = open_base(str(directory), remat=True)
         with jax.set_mesh(self.mesh):
             section = to_json(c)["peft"] | {"init_from": init_from}
-            self.adapted = adapt(section, base, self.mesh, dtype="float32", seed=0)
+            how = {"dtype": "float32", "seed": 0, "total_steps": 100, "encode": lambda text: [3]}
+            self.adapted = adapt(section, base, self.mesh, **how)
             schedule = optim.make_schedule(c.optim, 100)
-            optimiser = optim.make_optimiser(c.optim, schedule)
+            optimiser = self.adapted.optimiser(optim.make_optimiser(c.optim, schedule))
             self.state = make_state(optimiser, self.adapted.trainable, self.mesh)
-            parts = {"model": base.model, "structure": self.adapted.structure}
+            parts = {"model": base.model, "structure": self.adapted.structure, "penalty": self.adapted.penalty()}
             update = functools.partial(train_step, **parts, optimiser=optimiser, schedule=schedule, seed=0)
             self.update = jax.jit(update, donate_argnums=0)
 
@@ -119,7 +120,7 @@ def test_thirty_steps_equal_peft(checkpoint, tmp_path, name):
         assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 
     adapters = flatten(ours.adapted.variables(ours.state.trainable)["adapters"], lambda x: hasattr(x, "to_peft"))
-    tensors = adapter_tensors(adapters, open_base(str(directory)).sites)
+    tensors = adapter_tensors(adapters, open_base(str(directory)).layout)
     final = {n.replace(".default", ""): p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
     assert tensors.keys() == final.keys()
     for side in ("lora_A", "lora_B"):

@@ -47,10 +47,10 @@ def row_ids(start: int, stop: int, n: int, *, seed: int, shuffle: bool) -> Int64
     return ids
 
 
-def fit_length(datasets: Sequence[Dataset], max_length: int, multiple: int = 32) -> int:
-    """The smallest static length for all of these: the longest row, rounded up to a `multiple`.  Without datasets (a
-    stream), `max_length` rounded up."""
-    longest = min(max((d.counts.longest for d in datasets), default=max_length), max_length)
+def fit_length(datasets: Sequence[Dataset], max_length: int, multiple: int = 32, virtual: int = 0) -> int:
+    """The smallest static length for all of these: the longest row and its virtual tokens, rounded up to a `multiple`.
+    Without datasets (a stream), `max_length` stands for the longest row."""
+    longest = min(max((d.counts.longest for d in datasets), default=max_length), max_length) + virtual
     return -(-longest // multiple) * multiple
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxtune.data.chat import Message, render, render_folded
-from jaxtune.data.formats import Format, RowError, Text, parse_row
+from jaxtune.data.formats import Format, RowError, Text, parse_row, parse_task
 from jaxtune.data.sources import Row
+from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import DataError, UserError
 from jaxtune.tokenizer import Spans, Tokenizer
 
@@ -33,6 +34,7 @@ CHUNK = 512
 
 class Example(NamedTuple):
     row: int
+    # Virtual tokens first, where the method has any.
     tokens: Int[np.ndarray, "T"]
     # True where the token itself is learnt (to be predicted from the one before).
     mask: Bool[np.ndarray, "T"]
@@ -65,10 +67,19 @@ class Plan(NamedTuple):
     turns: tuple[Turn, ...]
     # Plain text gets its EOS as a token; a chat template has written its own.
     add_eos: bool
+    # Virtual tokens that stand before the row's own.
+    virtual: Int[np.ndarray, "P"]
 
 
 def examples(
-    rows: Iterable[Row], tokenizer: Tokenizer, form: Format, *, max_length: int, truncation: str, chunk: int = CHUNK
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    form: Format,
+    *,
+    max_length: int,
+    truncation: str,
+    virtual: Virtual = NONE,
+    chunk: int = CHUNK,
 ) -> Iterator[Example | Dropped]:
     """One example, or the reason there is none, for each row, in order.
 
@@ -77,25 +88,26 @@ def examples(
     """
     rows = iter(rows)
     while batch := list(islice(rows, chunk)):
-        plans = [_plan(row, tokenizer, form) for row in batch]
+        plans = [_plan(row, tokenizer, form, virtual) for row in batch]
         spans = iter(tokenizer.spans([plan.text for plan in plans if isinstance(plan, Plan)]))
         for plan in plans:
             yield plan if isinstance(plan, Dropped) else _example(plan, next(spans), tokenizer, max_length, truncation)
 
 
-def _plan(row: Row, tokenizer: Tokenizer, form: Format) -> Plan | Dropped:
+def _plan(row: Row, tokenizer: Tokenizer, form: Format, virtual: Virtual) -> Plan | Dropped:
     try:
         content = parse_row(row, form)
+        prompt = virtual.ids(parse_task(row, virtual))
         if isinstance(content, Text):
             start, end = len(content.prompt), len(content.prompt) + len(content.completion)
             if not content.completion.strip():
                 return Dropped(row.number, "no text to learn")
-            return Plan(row.number, content.prompt + content.completion, (Turn(start, end, end),), add_eos=True)
+            return Plan(row.number, content.prompt + content.completion, (Turn(start, end, end),), True, prompt)
         if all(not m["content"].strip() for m in content if m["role"] == "assistant"):
             return Dropped(row.number, "no text to learn")
         assert form.chat_template is not None
         text, turns = find_turns(form.chat_template, content, tokenizer)
-        return Plan(row.number, text, turns, add_eos=False)
+        return Plan(row.number, text, turns, False, prompt)
     except RowError as error:
         return Dropped(row.number, "bad row", error.where, error.why)
     except DataError as error:
@@ -176,6 +188,8 @@ def _example(plan: Plan, spans: Spans, tokenizer: Tokenizer, max_length: int, tr
     mask[0] = False
     if not mask.any():
         return Dropped(plan.row, "the answer lies beyond data.max_length")
+    # `max_length` is for the row's own tokens, as in PEFT.
+    ids, mask = np.concatenate([plan.virtual, ids]), np.concatenate([np.zeros(len(plan.virtual), bool), mask])
     return Example(plan.row, ids.astype(np.int32), mask, truncated, shifted, stopped)
 
 
@@ -184,6 +198,7 @@ def _example(plan: Plan, spans: Spans, tokenizer: Tokenizer, max_length: int, tr
 
 class Prompt(NamedTuple):
     row: int
+    # Virtual tokens first, where the method has any.
     ids: list[int]
     text: str
     # The last user turn, as the row has it (with a system turn folded in where the template wants it so).
@@ -192,7 +207,7 @@ class Prompt(NamedTuple):
     reference: str
 
 
-def prompt_and_reference(row: Row, tokenizer: Tokenizer, form: Format) -> Prompt:
+def prompt_and_reference(row: Row, tokenizer: Tokenizer, form: Format, virtual: Virtual = NONE) -> Prompt:
     """Everything before a row's last answer, ready to generate from, and that answer.
 
     Raises:
@@ -217,4 +232,4 @@ def prompt_and_reference(row: Row, tokenizer: Tokenizer, form: Format) -> Prompt
     ids = tokenizer.encode(text)
     if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
-    return Prompt(row.number, ids, text, question, reference)
+    return Prompt(row.number, virtual.ids(parse_task(row, virtual)).tolist() + ids, text, question, reference)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.data.chat import TEMPLATES, Message
 from jaxtune.data.sources import Row
+from jaxtune.data.virtual import Virtual
 from jaxtune.errors import DataError, UserError, did_you_mean
 from jaxtune.tokenizer import Tokenizer
 
@@ -132,6 +133,24 @@ def parse_row(row: Row, form: Format) -> list[Message] | Text:
     if form.chat_template is None:
         return Text(prompt, completion)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def parse_task(row: Row, virtual: Virtual) -> int:
+    """The task of a row, 0 where rows have none.
+
+    Raises:
+      RowError: no such column, or no task of the method's.
+    """
+    if virtual.column is None:
+        return 0
+    value = _column(row, virtual.column)
+    if isinstance(value, str) and value.strip().isdecimal():  # CSV knows nothing but text
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < virtual.tasks:
+        shown = value if isinstance(value, int) else _kind(value)
+        why = f"it is {shown}; the task is an integer from 0 to {virtual.tasks - 1} (`peft.num_tasks`)."
+        raise RowError(row.number, virtual.column, why)
+    return value
 
 
 def _column(row: Row, column: str) -> Any:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, Int32, Int64
 from jaxtune.data.examples import Dropped, Example, Prompt, examples, prompt_and_reference
 from jaxtune.data.formats import make_format
 from jaxtune.data.sources import open_rows
+from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import DataError, UserError, did_you_mean
 from jaxtune.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ class Counts:
     unstopped: int
     tokens: int
     target_tokens: int
-    # The longest kept row, in tokens.
+    # The longest kept row, in tokens.  Virtual tokens count neither here nor above.
     longest: int
     # Reason -> rows.
     dropped: dict[str, int]
@@ -81,10 +82,12 @@ def load_dataset(
     truncation: str = "right",
     on_bad_row: str = "error",
     max_rows: int | None = None,
+    virtual: Virtual = NONE,
     **columns: Any,
 ) -> Dataset:
-    """Every row of a split, tokenised.  The keywords are the keys of `config.data`; `columns` are those that say what a
-    row means: format, messages, prompt, completion, text, chat_template (see `make_format`).
+    """Every row of a split, tokenised, behind the method's virtual tokens.  The keywords are the keys of `config.data`;
+    `columns` are those that say what a row means: format, messages, prompt, completion, text, chat_template (see
+    `make_format`).
 
     Raises:
       DataError: bad rows (the first ones as file:row:field) unless they are skipped; or no row is left to learn from.
@@ -96,7 +99,7 @@ def load_dataset(
     kept: list[Example] = []
     dropped: list[Dropped] = []
     bad: list[Dropped] = []
-    for example in examples(rows, tokenizer, form, max_length=max_length, truncation=truncation):
+    for example in examples(rows, tokenizer, form, max_length=max_length, truncation=truncation, virtual=virtual):
         if isinstance(example, Example):
             kept.append(example)
             continue
@@ -108,7 +111,7 @@ def load_dataset(
     dropped += bad
     if not kept:
         raise _nothing_left(source, dropped)
-    return _dataset(source, kept, dropped)
+    return _dataset(source, kept, dropped, virtual.count)
 
 
 def stream_examples(
@@ -122,6 +125,7 @@ def stream_examples(
     truncation: str = "right",
     on_bad_row: str = "error",
     max_rows: int | None = None,
+    virtual: Virtual = NONE,
     **columns: Any,
 ) -> Iterator[Example]:
     """One pass over a split, tokenised as it is read; the same rules and errors as `load_dataset`.
@@ -135,7 +139,8 @@ def stream_examples(
     def one_pass() -> Iterator[Example]:
         dropped: list[Dropped] = []
         empty = True
-        for example in examples(rows, tokenizer, form, max_length=max_length, truncation=truncation, chunk=64):
+        how = {"max_length": max_length, "truncation": truncation, "virtual": virtual}
+        for example in examples(rows, tokenizer, form, **how, chunk=64):
             if isinstance(example, Example):
                 empty = False
                 yield example
@@ -160,6 +165,7 @@ def load_prompts(
     name: str | None = None,
     revision: str | None = None,
     max_length: int = 1024,
+    virtual: Virtual = NONE,
     **columns: Any,
 ) -> list[Prompt]:
     """The first `count` rows as questions with their answers.  Rows that cannot be used, or whose prompt has more than
@@ -170,10 +176,10 @@ def load_prompts(
         if len(found) == count:
             break
         try:
-            asked = prompt_and_reference(row, tokenizer, form)
+            asked = prompt_and_reference(row, tokenizer, form, virtual)
         except DataError:
             continue
-        if len(asked.ids) <= max_length:
+        if len(asked.ids) <= virtual.count + max_length:
             found.append(asked)
     return found
 
@@ -200,7 +206,7 @@ def report(counts: Counts) -> list[str]:
     return lines
 
 
-def _dataset(source: str, kept: list[Example], dropped: list[Dropped]) -> Dataset:
+def _dataset(source: str, kept: list[Example], dropped: list[Dropped], virtual: int) -> Dataset:
     offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum([len(example.tokens) for example in kept], out=offsets[1:])
     tokens = np.concatenate([example.tokens for example in kept])
@@ -215,9 +221,9 @@ def _dataset(source: str, kept: list[Example], dropped: list[Dropped]) -> Datase
         truncated=sum(example.truncated for example in kept),
         shifted=sum(example.shifted for example in kept),
         unstopped=sum(not example.stopped for example in kept),
-        tokens=len(tokens),
+        tokens=len(tokens) - virtual * len(kept),
         target_tokens=int(mask.sum()),
-        longest=int(np.diff(offsets).max()),
+        longest=int(np.diff(offsets).max()) - virtual,
         dropped=dict(Counter(row.reason for row in dropped)),
     )
     rows = np.array([example.row for example in kept], np.int64)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxtune.data.batches import Batch, batches, fit_length, stream_batches
 from jaxtune.data.examples import Example, Prompt
 from jaxtune.data.load import Dataset, load_dataset, load_prompts, report, stream_examples
+from jaxtune.data.virtual import NONE, Virtual, by_column
 from jaxtune.errors import UserError
 from jaxtune.tokenizer import Tokenizer
 
@@ -31,16 +32,16 @@ class Splits(NamedTuple):
     length: int
 
 
-def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None]) -> Splits:
+def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None], virtual: Virtual = NONE) -> Splits:
     """Reads, checks and tokenises everything, and says what became of the rows; a stream is read up to its first row.
 
     Args:
-      c: `config.data`.
+      c: `config.data`.  virtual: the method's tokens before each row.
 
     Raises:
-      DataError, MissingInputError, NetworkError, UserError: as `load_dataset`.
+      DataError, MissingInputError, NetworkError, UserError: as `load_dataset` and `by_column`.
     """
-    source = _source(c) | {"truncation": c.truncation, "on_bad_row": c.on_bad_row}
+    source = _source(c, virtual) | {"truncation": c.truncation, "on_bad_row": c.on_bad_row}
 
     def read(name: str, split: str, max_rows: int | None) -> Dataset:
         rows = load_dataset(name, tokenizer, split=split, max_rows=max_rows, **source)
@@ -50,7 +51,7 @@ def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None]) -> Spl
     held = read(c.eval, c.eval_split, c.max_eval_rows) if c.eval else None
     if not c.streaming:
         train = read(c.train, c.train_split, c.max_train_rows)
-        return Splits(train, held, fit_length([train, held] if held else [train], c.max_length))
+        return Splits(train, held, fit_length([train, held] if held else [train], c.max_length, virtual=virtual.count))
 
     how = {"split": c.train_split, "max_rows": c.max_train_rows, **source}
     stream = Stream(
@@ -60,7 +61,7 @@ def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None]) -> Spl
     )
     next(stream.open())  # what is wrong with the first rows is said now
     say(f"data: {c.train}\n  streamed in its own order; to resume, the rows seen are read again and skipped")
-    return Splits(stream, held, fit_length([], c.max_length))
+    return Splits(stream, held, fit_length([], c.max_length, virtual=virtual.count))
 
 
 def fingerprint(rows: Dataset | Stream) -> str:
@@ -91,11 +92,12 @@ def train_batches(rows: Dataset | Stream, *, seed: int, shuffle: bool, **where: 
     return batches(rows, seed=seed, shuffle=shuffle, **where)
 
 
-def read_prompts(c: Any, tokenizer: Tokenizer, count: int) -> list[Prompt]:
+def read_prompts(c: Any, tokenizer: Tokenizer, count: int, virtual: Virtual = NONE) -> list[Prompt]:
     """Questions for generation, from the rows held back or, without these, from the training rows."""
     name, split = (c.eval, c.eval_split) if c.eval else (c.train, c.train_split)
-    return load_prompts(name, tokenizer, count=count, split=split, **_source(c)) if count else []
+    return load_prompts(name, tokenizer, count=count, split=split, **_source(c, virtual)) if count else []
 
 
-def _source(c: Any) -> dict[str, Any]:
-    return {key: c[key] for key in ("name", "revision", "max_length", *COLUMNS)}
+def _source(c: Any, virtual: Virtual) -> dict[str, Any]:
+    keys = {key: c[key] for key in ("name", "revision", "max_length", *COLUMNS)}
+    return keys | {"virtual": by_column(virtual, c.task_id)}

@@ -5,7 +5,7 @@ been trained.  Here every tensor must be accounted for, in both directions.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,18 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from jaxtune import __version__
 from jaxtune import mesh as meshes
-from jaxtune.errors import MissingInputError, UserError, did_you_mean
+from jaxtune.errors import ExportError, MissingInputError, UserError, did_you_mean
 from jaxtune.hf.files import open_safetensors, read_json, replaced_directory
 from jaxtune.models import gemma_hf
-from jaxtune.peft import BY_PEFT_TYPE, saved
-from jaxtune.peft.method import Layout, from_variables, read_config, to_variables
+from jaxtune.peft import BY_PEFT_TYPE, prompt, saved
+from jaxtune.peft.keys import read_config
+from jaxtune.peft.method import Layout, from_variables, to_variables
 from jaxtune.typing import Tree
 
 PREFIX = "base_model.model."
 CONFIG_LIMIT = 2**20
+OURS = "jaxtune.json"  # what PEFT has no key for
 
 
 class PeftAdapter(NamedTuple):
@@ -37,11 +38,11 @@ class PeftAdapter(NamedTuple):
     base: str | None  # base_model_name_or_path, as written; never followed
 
 
-def read_tensors(directory: Path, own_names: Collection[str] = ()) -> dict[str, np.ndarray]:
+def read_tensors(directory: Path, own_names: Collection[str] = (), prefix: str = PREFIX) -> dict[str, np.ndarray]:
     """The tensors of an adapter by the table's module names.
 
     Args:
-      own_names: those that belong to no module, as `prompt_embeddings`.
+      own_names: those that belong to no module, as `prompt_embeddings`.  prefix: what the others' begin with.
 
     Raises:
       MissingInputError: no safetensors there.  UserError: damaged, not floats, or not finite.
@@ -56,10 +57,10 @@ def read_tensors(directory: Path, own_names: Collection[str] = ()) -> dict[str, 
         )
     file, tensors = open_safetensors(path), {}
     for name in file.keys():  # noqa: SIM118
-        if name not in own_names and not name.startswith(PREFIX):
-            raise UserError(f"{path}: tensor {name!r} does not start with {PREFIX!r}, as PEFT's do.")
+        if name not in own_names and not name.startswith(prefix):
+            raise UserError(f"{path}: tensor {name!r} does not start with {prefix!r}, as PEFT's do.")
         # Files written by old peft versions keep the adapter's name in the middle.
-        canonical = gemma_hf.canonical(name.removeprefix(PREFIX).replace(".default.", "."))
+        canonical = gemma_hf.canonical(name.removeprefix(prefix).replace(".default.", "."))
         value = file.get_tensor(name)
         if canonical is None or canonical in tensors:
             raise UserError(f"{path}: {name!r} is of another tower, or means the same as another tensor.")
@@ -72,8 +73,11 @@ def read_tensors(directory: Path, own_names: Collection[str] = ()) -> dict[str, 
     return tensors
 
 
-def load_adapter(directory: Path, layout: Layout) -> PeftAdapter:
+def load_adapter(directory: Path, layout: Layout, **ours: Any) -> PeftAdapter:
     """Reads a PEFT directory for a model of this layout.
+
+    Args:
+      ours: a method's OUR_KEYS, over those of jaxtune.json; None: not given.
 
     Raises:
       MissingInputError, UserError: naming the key, the tensor or the shape that does not fit.
@@ -86,8 +90,9 @@ def load_adapter(directory: Path, layout: Layout) -> PeftAdapter:
             + did_you_mean(str(peft_type), BY_PEFT_TYPE)
         )
     method = BY_PEFT_TYPE[peft_type]
+    values |= our_values(directory, method, {key: value for key, value in ours.items() if value is not None})
     config = read_config(method.Config, values, method.NEUTRAL, str(directory / "adapter_config.json"))
-    tensors = read_tensors(directory, own_names(method))
+    tensors = read_tensors(directory, own_names(method), getattr(method, "PREFIX", PREFIX))
     stored, known = len(tensors), list(tensors)
     try:
         adapters = method.from_peft(layout, config, tensors)
@@ -109,6 +114,20 @@ def own_names(method: Any) -> Collection[str]:
     return getattr(method, "OWN_NAMES", ())
 
 
+def our_values(directory: Path, method: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the method's OUR_KEYS: those `given`, else those of jaxtune.json, where we wrote one.
+
+    Raises:
+      UserError: a key is given that the method does not have.
+    """
+    keys = getattr(method, "OUR_KEYS", ())
+    for key in given:
+        if key not in keys:
+            raise UserError(f"{key} is given, and {directory} is of type {method.PEFT_TYPE}, which knows no such key.")
+    stored = read_json(directory / OURS, CONFIG_LIMIT) if keys and (directory / OURS).is_file() else {}
+    return {key: value for key, value in stored.items() if key in keys} | dict(given)
+
+
 def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> dict[str, Tree]:
     """Boxed adapters by path to the model's collections on the mesh, each sharded as its weight is."""
     variables = to_variables(boxed)
@@ -121,6 +140,8 @@ def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: st
     text_prefix: what stands between `model.` and `layers` in a multimodal checkpoint ("language_model.").
     """
     sites = {site.path: site for site in layout.sites}
+    # PEFT wraps a model around the base, except with prompts and prefixes.
+    before = PREFIX if all(path in sites for path in adapters) else prompt.PREFIX
     tensors: dict[str, np.ndarray] = {}
     for path, adapter in adapters.items():
         if path not in sites:
@@ -129,21 +150,33 @@ def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: st
         for layer, module in enumerate(sites[path].modules):
             for suffix, value in adapter.to_peft(sites[path], layer).items():
                 name = module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
-                tensors[f"{PREFIX}{name}.{suffix}"] = value
+                tensors[f"{before}{name}.{suffix}"] = value
+    for kind in dict.fromkeys(type(a) for a in adapters.values() if hasattr(a, "own_tensors")):
+        tensors |= kind.own_tensors(layout, {path: a for path, a in adapters.items() if isinstance(a, kind)})
     return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in tensors.items()}
 
 
 def save_adapter(
-    directory: Path, variables: Tree, layout: Layout, peft: PeftAdapter, base: str, *, text_prefix: str = ""
+    directory: Path,
+    variables: Tree,
+    layout: Layout,
+    peft: PeftAdapter,
+    base: str,
+    *,
+    text_prefix: str = "",
+    readme: str = "",
+    check: Callable[[PeftAdapter], None] = lambda again: None,
 ) -> None:
-    """Writes a PEFT directory in one piece: beside it first, then renamed.
+    """Writes a PEFT directory in one piece: beside it first, read back, then renamed.
 
     Args:
       variables: the model's, on the mesh; its adapters may have been trained since `peft` was read.
       base: `base_model_name_or_path`.
+      check: is given what was read back, and raises if it is not what was meant.
 
     Raises:
       UserError: a value that is not finite: such an adapter is never written.
+      ExportError: other tensors come back than were written.
     """
     flat = from_variables(variables)
     tensors = adapter_tensors(flat, layout, text_prefix)
@@ -160,12 +193,33 @@ def save_adapter(
         "auto_mapping": None,
         "revision": None,
     }
+    ours = {key: values.pop(key) for key in getattr(peft.method, "OUR_KEYS", ())}
     if "target_modules" in values:
         values["target_modules"] = exported_targets(values["target_modules"], layout, flat, text_prefix)
     with replaced_directory(directory) as new:
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
-        (new / "README.md").write_text(card(base, peft_type))
+        (new / "README.md").write_text(readme)
+        if ours:
+            (new / OURS).write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        again = load_adapter(new, layout)
+        check_same(tensors, adapter_tensors(nn.unbox(again.adapters), layout, text_prefix))
+        check(again)
+
+
+def check_same(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray]) -> None:
+    """Refuses an adapter of which other tensors come back than were written.
+
+    Raises:
+      ExportError: naming the first of them.
+    """
+    names = sorted(written.keys() | read.keys())
+    other = [n for n in names if n not in written or n not in read or not np.array_equal(written[n], read[n])]
+    if other:
+        raise ExportError(
+            f"The adapter that was written is not the one that is read back: {len(other)} of {len(names)} tensors "
+            f"differ, {other[0]} first. It was removed."
+        )
 
 
 def exported_targets(asked: Any, layout: Layout, adapters: Mapping[str, Any], text_prefix: str) -> Any:
@@ -185,30 +239,3 @@ def exported_targets(asked: Any, layout: Layout, adapters: Mapping[str, Any], te
     if asked is None or (isinstance(asked, str) and asked.lower() == "all-linear"):
         return sorted({name.rsplit(".", 1)[-1] for name in modules})
     return asked
-
-
-def card(base: str, peft_type: str) -> str:
-    """The front matter that the Hub reads, and how to load the adapter."""
-    method = peft_type.lower()
-    quoted = json.dumps(base, ensure_ascii=False)
-    return f"""---
-base_model: {quoted}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- {method}
-- jaxtune
----
-
-A {method} adapter for {quoted}, trained with jaxtune {__version__}.
-
-```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("THIS_DIRECTORY_OR_HUB_ID")
-```
-
-```python
-import jaxtune
-lm = jaxtune.load({quoted}, adapter="THIS_DIRECTORY")
-```
-"""

@@ -42,7 +42,8 @@ class Base:
         c = self.model.config
         sizes = {"vocab": c.vocab_size, "width": c.width, "layers": c.layers}
         heads = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        return Layout(c.family, tuple(self.sites), c.tied, c.width**0.5, **sizes, **heads)
+        prefix = self.text_prefix
+        return Layout(c.family, tuple(self.sites), c.tied, c.width**0.5, **sizes, **heads, text_prefix=prefix)
 
     def fingerprint(self) -> str:
         return fingerprint(self.directory)

@@ -14,7 +14,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jaxtune.errors import MissingInputError, NetworkError, UserError, did_you_mean
+from jaxtune.errors import (
+    CannotCreateError,
+    MissingInputError,
+    NetworkError,
+    StorageError,
+    UserError,
+    did_you_mean,
+)
 
 JSON_LIMIT = 64 * 2**20  # bytes; the largest honest index of a sharded checkpoint is a few MB
 NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "spiece.model", "*.jinja"]
@@ -148,12 +155,53 @@ def fingerprint(directory: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+# What an export leaves: a directory that has one of these, and no folders in it, may be replaced by the next.
+EXPORTS = {"adapter_config.json", "config.json", "model.safetensors", "model.safetensors.index.json"}
+
+
+def check_replaceable(directory: Path, *kept: Path) -> None:
+    """Refuses to put an export where something else would be lost.
+
+    Args:
+      kept: directories that are being read.
+
+    Raises:
+      CannotCreateError: a file, a directory of something else, or one that is read or has what is read in it.
+    """
+    place = directory.expanduser().resolve()
+    for other in kept:
+        if other.resolve().is_relative_to(place):
+            raise CannotCreateError(f"{directory} is, or holds, what is exported ({other}). Give another directory.")
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    if not EXPORTS & set(names) or any(path.is_dir() for path in place.iterdir()):
+        holds = f"a directory of something else: it holds {', '.join(names[:5])}" if names else "a file"
+        raise CannotCreateError(
+            f"{directory} is {holds}. An export replaces a directory as a whole: give a new one, or one of an earlier "
+            "export."
+        )
+
+
 @contextlib.contextmanager
 def replaced_directory(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes `directory`'s place at the end: an interrupted save leaves no half."""
+    """A new directory to write into, which takes `directory`'s place at the end: an interrupted save leaves no half.
+
+    Raises:
+      CannotCreateError: as `check_replaceable`.  StorageError: the disk is full, or cannot be written.
+    """
+    check_replaceable(directory)
     temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise StorageError(
+                f"{directory} cannot be written: {error}. What was there before is as it was."
+            ) from error
+        raise

@@ -1,10 +1,13 @@
 """Hugging Face safetensors in and out, leaf by leaf.
 
 Loading asks every device for its own part of a parameter and reads just that from the files: the host holds at most one
-device's part of one (stacked) parameter at a time.  Saving gathers one tensor after the other into shards.
+device's part of one (stacked) parameter at a time.  Saving asks for one tensor after the other and writes it down.
 """
 
+import functools
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxtune import tree
 from jaxtune.errors import UserError, did_you_mean
@@ -21,7 +23,8 @@ from jaxtune.hf.rows import Row
 from jaxtune.models import gemma_hf
 from jaxtune.typing import Tree
 
-DTYPES = ("F32", "F16", "BF16", "F64")
+NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+DTYPES = tuple(NUMPY)
 
 # Tensors that some checkpoints carry and no model needs: recomputed from the config.
 BUFFERS = (".rotary_emb.inv_freq",)
@@ -57,6 +60,12 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
                 )
             found[canonical] = Stored(file, name, tuple(view.get_shape()))
     return found
+
+
+def stored_dtype(directory: Path) -> str:
+    """The dtype that all of a text model's tensors have in its files; float32 where they differ."""
+    kinds = {tensor.file.get_slice(tensor.name).get_dtype() for tensor in stored_tensors(directory).values()}
+    return NUMPY[kinds.pop()] if kinds in ({"BF16"}, {"F16"}) else "float32"
 
 
 def check_tensors(rows: list[Row], stored: Mapping[str, Stored], directory: Path, *, tied: bool) -> None:
@@ -114,42 +123,148 @@ def load_params(
     return tree.nest(leaves)
 
 
-def save_params(
-    directory: Path, rows: list[Row], params: Tree, source: Path, *, dtype: Any, shard_bytes: int = 4 * 2**30
+def save_params(directory: Path, rows: list[Row], params: Tree, source: Path, **how: Any) -> None:
+    """Writes parameters as a Hugging Face checkpoint; `how` as for `write_checkpoint`."""
+    leaves = tree.flatten(params)
+
+    def value(row: Row, layer: int) -> np.ndarray:
+        return np.asarray(leaves[row.path][layer] if row.stacked else leaves[row.path])
+
+    write_checkpoint(directory, rows, value, source, **how)
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written: its value is asked for when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    value: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_checkpoint(
+    directory: Path,
+    rows: list[Row],
+    value: Callable[[Row, int], np.ndarray],
+    source: Path,
+    *,
+    dtype: Any,
+    shard_bytes: int = 4 * 10**9,
+    untied: bool = False,
+    readme: str | None = None,
 ) -> None:
-    """Writes a Hugging Face checkpoint: weights in shards, config and tokenizer files copied from `source`."""
+    """Writes a Hugging Face checkpoint: weights in shards, config and tokenizer files copied from `source`, and the
+    tensors that are of no text model (a vision tower) as they are there.  The host holds one tensor at a time.
+
+    Args:
+      value: of a row and a layer, turned as parameters are.  untied: the head has a row of its own now.
+
+    Raises:
+      UserError: a value that is not finite in `dtype`: such a checkpoint is never written.
+    """
+    names, others = _beside(source)
+    tensors = [
+        Tensor(names(name), row.tensor_shape, np.dtype(dtype), functools.partial(_turned, value, row, layer, dtype))
+        for row in rows
+        for layer, name in enumerate(row.names)
+    ]
+    tensors += others
+    shards = split(tensors, shard_bytes)
     with replaced_directory(directory) as new:
         for path in source.iterdir():
             weights = path.name.endswith((".safetensors", ".bin", ".pt", ".gguf", ".index.json"))
             if path.is_file() and not weights and path.name != "README.md":
                 shutil.copy(path, new / path.name)
-
-        leaves = tree.flatten(params)
-        sizes = [(row, layer) for row in rows for layer in range(len(row.names))]
-        shards: list[list[tuple[Row, int]]] = [[]]
-        filled = 0
-        for row, layer in sizes:
-            size = int(np.prod(row.tensor_shape)) * np.dtype(dtype).itemsize
-            if shards[-1] and filled + size > shard_bytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append((row, layer))
-            filled += size
         weight_map: dict[str, str] = {}
-        total = 0
         for number, shard in enumerate(shards, 1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            tensors = {}
-            for row, layer in shard:
-                leaf = leaves[row.path]
-                value = np.asarray(leaf[layer] if row.stacked else leaf).astype(dtype)
-                tensors[row.names[layer]] = np.ascontiguousarray(value.T if row.transposed else value)
-                weight_map[row.names[layer]] = name
-                total += value.nbytes
-            save_file(tensors, new / name, metadata={"format": "pt"})
+            write_safetensors(new / name, shard)
+            weight_map |= {tensor.name: name for tensor in shard}
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(t.size for t in tensors)}, "weight_map": weight_map}
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         config = json.loads((source / "config.json").read_text())
-        config[("dtype" if "dtype" in config else "torch_dtype")] = np.dtype(dtype).name
+        for part in filter(None, (config, config.get("text_config"))):
+            part["dtype" if "dtype" in part else "torch_dtype"] = np.dtype(dtype).name
+            if untied:
+                part["tie_word_embeddings"] = False
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if readme is not None:
+            (new / "README.md").write_text(readme)
+        check_tensors(rows, stored_tensors(new), new, tied=False)
+
+
+def _turned(value: Callable[[Row, int], np.ndarray], row: Row, layer: int, dtype: Any) -> np.ndarray:
+    found = value(row, layer).astype(dtype)
+    if not np.isfinite(found).all():
+        raise UserError(f"{row.names[layer]} has values that are not finite as {np.dtype(dtype)}. Nothing is written.")
+    return found.T if row.transposed else found
+
+
+def _beside(source: Path) -> tuple[Callable[[str], str], list[Tensor]]:
+    """How the checkpoint that this one is made of names its tensors, and what it has besides the text model."""
+    if not any(source.glob("*.safetensors")):
+        return lambda name: name, []
+    stored = stored_tensors(source)
+    prefix = "language_model." if any(s.name.startswith("language_model.") for s in stored.values()) else ""
+    others = []
+    for path in weight_files(source):
+        file = open_safetensors(path)
+        for name in file.keys():  # noqa: SIM118
+            if gemma_hf.canonical(name) is None:
+                view = file.get_slice(name)
+                kind = np.dtype(NUMPY[view.get_dtype()])
+                others.append(Tensor(name, tuple(view.get_shape()), kind, functools.partial(file.get_tensor, name)))
+    return lambda name: stored[name].name if name in stored else prefix + name, others
+
+
+def size_of(text: str | int) -> int:
+    """Bytes of '4GB', '500MB' or a number, as transformers' `max_shard_size` has them.
+
+    Raises:
+      UserError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
+    size = 0
+    if found:
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    if size < 1:
+        raise UserError(f"The size of a shard is {text!r}. It is written like 4GB, 500MB or 2GiB.")
+    return size
+
+
+def split(tensors: list[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+    """Into shards of at most so many bytes, in order; a tensor larger than that has one of its own."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
+    """Writes the format's header, then one tensor after the other (the library's own writer wants them all at once).
+
+    https://huggingface.co/docs/safetensors: 8 bytes of the header's length, the header as JSON, the bytes in its order.
+    """
+    words = {np.dtype(numpy): word for word, numpy in NUMPY.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.size
+        header[tensor.name] = {"dtype": words[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            value = np.ascontiguousarray(tensor.value())
+            if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                raise AssertionError(f"{tensor.name}: {value.dtype}{value.shape} where {tensor} was announced")
+            file.write(value.view(np.uint8).data)
+            del value  # before the next one is made

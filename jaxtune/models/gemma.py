@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxtune.attention import NO_WINDOW, Cache, attend, rotate, visible
-from jaxtune.layers import Embedding, Head, Linear, RMSNorm, constrain
+from jaxtune.attention import NO_WINDOW, Cache, Prefix, attend, prefix_visible, rotate, visible
+from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, with_prompt
 
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -90,7 +90,11 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
             key_segments = cache["segments"]
         mask = visible(slots, segments, key_segments, layer["window"])
-        out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap)
+        prefix = None
+        if "prefix" in layer:
+            first_k, first_v = layer["prefix"]
+            prefix = Prefix(first_k, first_v, prefix_visible(positions, first_k.shape[0], layer["window"]))
+        out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap, prefix=prefix)
         out = Linear(c.width, ("heads", "embed"), name="o")(out.reshape(B, T, c.heads * c.head_dim))
         return out, (None if cache is None else (k, v))
 
@@ -165,8 +169,14 @@ class Gemma(nn.Module):
           tokens: ids.  positions: for rotation.  segments: 0 is padding; rows see only their own segment.
           cache: keys and values so far; the new ones go to slots [length, length + T).
         """
-        x = constrain(self.embed(tokens, self.dtype), "batch", "length", "activation")
-        layer = {k: jnp.asarray(v) for k, v in self.config.layer_data().items()}
+        x = with_prompt(self, self.embed(tokens, self.dtype), tokens)
+        x = constrain(x, "batch", "length", "activation")
+        layer: Any = {k: jnp.asarray(v) for k, v in self.config.layer_data().items()}
+        prefix = adapter_of(self, "prefix")
+        if prefix is not None:
+            k, v = prefix.kv()
+            layer["prefix"] = k.astype(self.dtype), v.astype(self.dtype)
+            positions = positions + k.shape[1]
         shared = None
         if cache is not None:
             all_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)

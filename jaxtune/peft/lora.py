@@ -23,23 +23,8 @@ from flax import struct
 from jaxtune.errors import UserError
 from jaxtune.layers import matmul
 from jaxtune.peft import lora_init, token_rows
-from jaxtune.peft.method import (
-    QUERY_VALUE,
-    Fixed,
-    Layout,
-    Site,
-    Start,
-    box,
-    check_choice,
-    check_count,
-    check_fraction,
-    check_number,
-    check_targets,
-    pattern_value,
-    select,
-    site_key,
-    take,
-)
+from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_number, check_targets
+from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, pattern_value, select, site_key, take
 
 PEFT_TYPE = "LORA"
 LEARNING_RATE = 2e-4
@@ -136,12 +121,12 @@ class Lora:
     a: Any
     b: Any
     scale: Fixed
-    a0: Fixed | None
-    b0: Fixed | None
-    magnitude: Any
-    live: Fixed | None
     ranks: tuple[int, ...] = struct.field(pytree_node=False)
     dropout: float = struct.field(pytree_node=False)
+    a0: Any = None
+    b0: Any = None
+    magnitude: Any = None
+    live: Any = None
 
     def linear(self, x, y, w, rng):
         dropped = dropout(x, self.dropout, rng)

@@ -10,6 +10,11 @@ A method is one file with these names:
   from_peft(layout, config, tensors)  {path: adapter} of a PEFT file, whose tensors are taken out as they are used
   to_config(layout, config, adapters) the keys that adapter_config.json gets
 
+where it changes how training goes (AdaLoRA),
+
+  penalty(config, trainable, frozen)  what is added to the loss, of leaves by path
+  optimiser(inner, config, frozen)    an optimiser around the configured one
+
 and a class of adapter.  An adapter is a pytree at the path of the parameter it adapts, boxed with its weight's logical
 axes and stacked over layers as that is.  Inside the layer scan it has one layer's part of every array.
 
@@ -20,8 +25,23 @@ axes and stacked over layers as that is.  Inside the layer scan it has one layer
   to_peft(site, layer)    {PEFT's suffix: tensor} of one layer; empty where that layer has none
 
 What all layers of a site have in common is the adapter's field `shared`, without a layer axis: a `Fixed`, or None.
+Tensors of a PEFT file that belong to no module are named in OWN_NAMES, and written by the class's static method
 
-Prompts and prefixes belong to no weight; they lie at the paths `prompt` and `prefix` (jaxtune.peft.prompt).
+  own_tensors(layout, adapters)       {PEFT's whole name: tensor}, of {path: adapter}
+
+Prompts and prefixes belong to no weight; they lie at the paths `prompt` and `prefix` (jaxtune.peft.prompt), and their
+`to_peft()` has no arguments and gives names in full.
+
+  rows(rng)   at `prompt`: float32 embeddings [tasks * P, D] of the virtual tokens; the model multiplies them by `scale`
+  kv()        at `prefix`: float32 keys and values before every text, each [L, P, K, H]
+  folded()    optional: the adapter with what it computes from its own parameters computed; generation does so once
+
+Such a method also has, where they apply,
+
+  virtual(config)        the `data.virtual.Virtual` tokens that the data puts before each row
+  continues_as(config)   (method's name, config) that a PEFT file trains on as, where it holds less than was trained
+  OWN_NAMES, PREFIX      its tensors that belong to no module; what PEFT puts before those that do
+  OUR_KEYS               keys of Config that PEFT does not have; they go into jaxtune.json, beside PEFT's files
 """
 
 import dataclasses
@@ -73,6 +93,12 @@ class Layout(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+    # What stands between `model.` and `layers` in a multimodal checkpoint ("language_model.").
+    text_prefix: str = ""
+
+    def peft_module(self, module: str) -> str:
+        """A site's module path as PEFT has it over the checkpoint."""
+        return module.replace("model.", f"model.{self.text_prefix}", 1) if self.text_prefix else module
 
     def site(self, path: str) -> Site:
         return next(s for s in self.sites if s.path == path)
@@ -128,14 +154,37 @@ def from_variables(variables: Mapping[str, Tree]) -> dict[str, Any]:
     return {path: a.replace(shared=shared[path]) if path in shared else a for path, a in own.items()}
 
 
+def folded(variables: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The variables with what adapters compute from their own parameters (an encoder's output) computed."""
+
+    def fold(adapter: Any) -> Any:
+        return adapter.folded() if hasattr(adapter, "folded") else adapter
+
+    adapters = jax.tree.map(fold, variables.get("adapters", {}), is_leaf=lambda x: hasattr(x, "to_peft"))
+    return {**variables, "adapters": adapters}
+
+
 def site_key(key: jax.Array, path: str) -> jax.Array:
     """A key of its own for each path, whatever else is adapted."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
-def layer_of(adapter: Any, layer: int) -> Any:
+def layer_of(adapter: Any, layer: Any) -> Any:
     """One layer's part of a stacked adapter, as the layer scan hands it to the doors."""
-    return jax.tree.map(lambda x: x[layer], adapter)
+    shared = getattr(adapter, "shared", None)
+    own = adapter if shared is None else adapter.replace(shared=None)
+    part = jax.tree.map(lambda x: x[layer], own)
+    return part if shared is None else part.replace(shared=shared)
+
+
+def live_mask(layers: Sequence[bool]) -> Fixed | None:
+    """Which layers of a stacked site have an adapter; None where all have."""
+    return None if all(layers) else Fixed(jax.numpy.asarray(np.array(layers)))
+
+
+def where_live(live: Fixed | None, value: Any, otherwise: Any) -> Any:
+    """`value` in a layer that has an adapter; elsewhere `otherwise`, and no gradient."""
+    return value if live is None else jax.numpy.where(live.value, value, otherwise)
 
 
 def take(tensors: MutableMapping[str, np.ndarray], name: str, shape: Sequence[int], why: str = "") -> np.ndarray:
@@ -159,6 +208,9 @@ def take(tensors: MutableMapping[str, np.ndarray], name: str, shape: Sequence[in
 # (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
 QUERY_VALUE = {"": ("q_proj", "v_proj"), "t5": ("q", "v")}
 
+# PEFT's `target_modules` of an adapter that has only `modules_to_save` (DUMMY_TARGET_MODULES).
+NO_TARGETS = "dummy-target-modules"
+
 
 def targets_of(layout: Layout, config: Any, default: Mapping[str, Sequence[str]]) -> Any:
     """`target_modules`, or the family's default; `default` has "" for families that it does not name."""
@@ -174,6 +226,8 @@ def select(
       UserError: nothing matches, a name matches nothing, or a module of a kind that the method cannot adapt does.
     """
     targets = targets_of(layout, config, default)
+    if targets == NO_TARGETS and config.modules_to_save:
+        return {}
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     excluded = getattr(config, "exclude_modules", None)
     layers = getattr(config, "layers_to_transform", None)
@@ -264,114 +318,3 @@ def require_match(found: Sequence[Any], asked_by: str, asked: Any, sites: Iterab
         f"No module matches {asked_by} {asked!r}.{hint}\n"
         f"The model has: {', '.join(names)}. Set `config.peft.{asked_by}`."
     )
-
-
-# ---------------------------------------------------------------- PEFT's config keys, read strictly
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def check_count(key: str, value: Any, low: int = 1, high: int = 65536) -> None:
-    """Refuses what is no integer from `low` to `high`.
-
-    Raises:
-      ValueError: naming the key.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{key} is {value!r}. It is an integer from {low} to {high}.")
-
-
-def check_fraction(key: str, value: Any) -> None:
-    """Refuses what is no probability below 1.
-
-    Raises:
-      ValueError: naming the key.
-    """
-    if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{key} is {value!r}. It is a probability, at least 0 and less than 1.")
-
-
-def check_number(key: str, value: Any) -> None:
-    """Refuses what is no finite number.
-
-    Raises:
-      ValueError: naming the key.
-    """
-    if not is_number(value):
-        raise ValueError(f"{key} is {value!r}. It is a finite number.")
-
-
-def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuses a value that is none of these.
-
-    Raises:
-      ValueError: naming the key and what it can be.
-    """
-    if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
-        raise ValueError(f"{key} is {value!r}. It can be: {', '.join(map(str, choices))}.")
-
-
-def check_targets(config: Any) -> None:
-    """Refuses patterns that are no regular expressions, and layers asked for of a pattern.
-
-    Raises:
-      ValueError: naming the key.
-    """
-    for key in ("target_modules", "exclude_modules"):
-        value = getattr(config, key, None)
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{key} is {value!r}, which is no regular expression: {error}.") from None
-    if getattr(config, "layers_to_transform", None) is not None and isinstance(config.target_modules, str):
-        if config.target_modules.lower() != "all-linear":
-            raise ValueError("layers_to_transform needs target_modules as a list of names, as in PEFT.")
-
-
-# Written by peft beside a method's own keys; they say nothing about the mathematics.
-BOOKKEEPING = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
-
-
-def read_config(cls: Any, values: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> Any:
-    """An adapter_config.json (or our `peft` section) as the method's dataclass.
-
-    Args:
-      cls: the method's dataclass.  values: keys and values as PEFT writes them.
-      neutral: keys of PEFT that the method does not have, with the values that mean "not used".
-      where: named in errors.
-
-    Raises:
-      UserError: a key that is unknown, or known and used but not supported: refused by name, never ignored.
-    """
-    fields = {f.name for f in dataclasses.fields(cls)}
-    taken = {}
-    for key, value in values.items():
-        if key in fields:
-            taken[key] = value
-        elif key in BOOKKEEPING:
-            continue
-        elif key not in neutral:
-            raise UserError(
-                f"{where} has the key {key!r}, which jaxtune does not know.{did_you_mean(key, fields)}\n"
-                f"Supported: {', '.join(sorted(fields))}."
-            )
-        elif value not in neutral[key]:
-            raise UserError(
-                f"{where} sets {key}={value!r}, which jaxtune does not support yet."
-                f"\nSupported keys: {', '.join(sorted(fields))}."
-            )
-    try:
-        return cls(**taken)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None

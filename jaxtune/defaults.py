@@ -1,0 +1,240 @@
+"""Every setting, its default and its meaning: the table that `jaxtune.config.get_default` returns."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+# The embedded tiny Gemma and its data, for the quickstart and the tests.
+ASSETS = Path(__file__).parent / "assets"
+
+
+def optional(kind: type) -> Any:
+    """A key that is None unless set, and then of `kind`."""
+    return config_dict.placeholder(kind)
+
+
+def get_default() -> Any:
+    """The locked defaults; a misspelt key raises where it is written."""
+    c = ConfigDict()
+
+    c.model = ConfigDict()
+    # A local directory with config.json, *.safetensors and tokenizer files, or a Hugging Face Hub id.
+    c.model.id = ""
+    # Hub revision: a branch, a tag or a commit.
+    c.model.revision = optional(str)
+    # Of the frozen weights and of the activations: float32 | bfloat16 | float16.  Adapters are always float32.
+    c.model.dtype = "bfloat16"
+    # Quantisation of the frozen weights: None.
+    c.model.quant = optional(str)
+
+    c.peft = ConfigDict()
+    # lora | adalora | ia3 | loha | lokr | vera | randlora | oft | boft | ln_tuning | prompt_tuning | p_tuning |
+    # prefix_tuning | multitask_prompt_tuning: adapters, written as PEFT directories.
+    # full (every weight trains) | partial (the modules in target_modules): written as Hugging Face checkpoints.
+    c.peft.method = "lora"
+    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).  Its own settings then stand, and
+    # the keys below are not read.
+    c.peft.init_from = optional(str)
+    # From here on the keys are PEFT's.  None is the method's own default (docs/peft.md); a key that the method does not
+    # have is refused.
+    # "all-linear", a regular expression over whole module paths, or a tuple of names ("q_proj", "v_proj").
+    c.peft.target_modules = optional(object)
+    c.peft.exclude_modules = optional(object)
+    # Modules trained whole beside the adapter, e.g. ("embed_tokens", "lm_head").
+    c.peft.modules_to_save = optional(object)
+    # Layer indices that get an adapter; None: all.
+    c.peft.layers_to_transform = optional(object)
+    c.peft.layers_pattern = optional(object)
+    # {"regex over module paths": value}; ConfigDict refuses dots in keys, so pairs (("layers.0.mlp", 4),) serve too.
+    c.peft.rank_pattern = optional(object)
+    c.peft.alpha_pattern = optional(object)
+    # lora (adalora has lora_alpha, lora_dropout and init_r; loha, lokr: r, alpha; vera, randlora, oft: r).
+    c.peft.r = optional(int)
+    c.peft.lora_alpha = optional(float)
+    c.peft.lora_dropout = optional(float)
+    # Scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
+    c.peft.use_rslora = optional(bool)
+    # DoRA: a trained magnitude for each output.
+    c.peft.use_dora = optional(bool)
+    # none | all | lora_only (these families have no biases, so it only reaches the exported config).
+    c.peft.bias = optional(str)
+    # Token ids whose rows of the embedding train.
+    c.peft.trainable_token_indices = optional(object)
+    # True (Kaiming A, zero B) | False (both random) | "gaussian" | "orthogonal" | "pissa" | "pissa_niter_N" | "olora".
+    c.peft.init_lora_weights = optional(object)
+    # adalora: ranks at first and on average at last; steps before, after and between their reductions.
+    c.peft.init_r = optional(int)
+    c.peft.target_r = optional(int)
+    c.peft.tinit = optional(int)
+    c.peft.tfinal = optional(int)
+    c.peft.deltaT = optional(int)
+    c.peft.beta1 = optional(float)
+    c.peft.beta2 = optional(float)
+    c.peft.orth_reg_weight = optional(float)
+    c.peft.total_step = optional(int)
+    # ia3: those of target_modules whose input is scaled, not their output.
+    c.peft.feedforward_modules = optional(object)
+    c.peft.init_ia3_weights = optional(bool)
+    # loha and lokr.
+    c.peft.alpha = optional(float)
+    c.peft.rank_dropout = optional(float)
+    c.peft.module_dropout = optional(float)
+    # loha, lokr, oft, boft, vera, randlora.
+    c.peft.init_weights = optional(object)
+    # lokr.
+    c.peft.rank_dropout_scale = optional(bool)
+    c.peft.decompose_both = optional(bool)
+    c.peft.decompose_factor = optional(int)
+    # vera and randlora: the projections are drawn from the seed and always saved.
+    c.peft.projection_prng_key = optional(int)
+    c.peft.save_projection = optional(bool)
+    c.peft.vera_dropout = optional(float)
+    c.peft.d_initial = optional(float)
+    c.peft.randlora_alpha = optional(float)
+    c.peft.randlora_dropout = optional(float)
+    c.peft.sparse = optional(bool)
+    c.peft.very_sparse = optional(bool)
+    # oft.
+    c.peft.oft_block_size = optional(int)
+    c.peft.block_share = optional(bool)
+    c.peft.coft = optional(bool)
+    c.peft.eps = optional(float)
+    c.peft.use_cayley_neumann = optional(bool)
+    c.peft.num_cayley_neumann_terms = optional(int)
+    # boft.
+    c.peft.boft_block_size = optional(int)
+    c.peft.boft_block_num = optional(int)
+    c.peft.boft_n_butterfly_factor = optional(int)
+    c.peft.boft_dropout = optional(float)
+    # The prompt methods: tokens before every text whose embeddings (prefix_tuning: keys and values) train.
+    c.peft.num_virtual_tokens = optional(int)
+    # prompt_tuning, multitask_prompt_tuning: RANDOM | TEXT | SAMPLE_VOCAB | …
+    c.peft.prompt_tuning_init = optional(str)
+    c.peft.prompt_tuning_init_text = optional(str)
+    # p_tuning: MLP | LSTM; prefix_tuning too has an encoder_hidden_size, for prefix_projection.
+    c.peft.encoder_reparameterization_type = optional(str)
+    c.peft.encoder_hidden_size = optional(int)
+    c.peft.encoder_num_layers = optional(int)
+    c.peft.encoder_dropout = optional(float)
+    c.peft.prefix_projection = optional(bool)
+    # multitask_prompt_tuning (see data.task_id); a PEFT directory's safetensors to start from.
+    c.peft.num_tasks = optional(int)
+    c.peft.num_ranks = optional(int)
+    c.peft.prompt_tuning_init_state_dict_path = optional(str)
+    c.peft.prompt_tuning_init_task = optional(int)
+    # prompt embeddings of Gemma 1 and 2: post (as transformers uses them since 5.4) | pre (as it did before).
+    c.peft.soft_prompt_scale = optional(str)
+
+    c.data = ConfigDict()
+    # A .jsonl/.json/.csv/.parquet file, or a Hub dataset id.
+    c.data.train = ""
+    c.data.eval = optional(str)
+    # For Hub datasets: configuration name, split names and revision.
+    c.data.name = optional(str)
+    c.data.train_split = "train"
+    c.data.eval_split = "validation"
+    c.data.revision = optional(str)
+    # Read rows as they come instead of indexing them all (no shuffling; resume re-reads and skips).
+    c.data.streaming = False
+    # messages (a list of {role, content}) | prompt_completion | text.
+    c.data.format = "messages"
+    # messages: the column that holds the turns.
+    c.data.messages = "messages"
+    # prompt_completion: templates over named columns; loss is on the completion alone.
+    c.data.prompt = "{prompt}"
+    c.data.completion = "{completion}"
+    # text: a template over named columns; loss is on everything.
+    c.data.text = "{text}"
+    # messages: None is the checkpoint's own template; gemma | chatml | llama2 by name.
+    # prompt_completion: None is plain text; a name, or "tokenizer" for the checkpoint's, is one user/assistant pair.
+    c.data.chat_template = optional(str)
+    # multitask_prompt_tuning: the column that holds each row's task, from 0.
+    c.data.task_id = optional(str)
+    # Tokens a row may have, BOS and end-of-turn included; virtual tokens of prompt methods come on top.
+    c.data.max_length = 1024
+    # What happens to longer rows: right (cut the end) | left (cut the beginning, BOS kept) | drop.
+    c.data.truncation = "right"
+    # error (stop and list them) | skip (count them).
+    c.data.on_bad_row = "error"
+    c.data.shuffle = True
+    # Use only the first rows of each file.
+    c.data.max_train_rows = optional(int)
+    c.data.max_eval_rows = optional(int)
+
+    c.optim = ConfigDict()
+    # adamw | adafactor | lion | sgd.
+    c.optim.name = "adamw"
+    # None: the method's own (docs/peft.md); they differ a thousandfold.
+    c.optim.learning_rate = optional(float)
+    # constant | linear | cosine, after a linear warm-up.
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 0
+    # Where linear and cosine end, as a fraction of learning_rate.
+    c.optim.end_fraction = 0.0
+    c.optim.weight_decay = 0.0
+    # adamw and lion.
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    # sgd.
+    c.optim.momentum = 0.0
+    # Clip the gradient's global norm; 0: never.
+    c.optim.max_grad_norm = 1.0
+
+    c.train = ConfigDict()
+    # Optimiser steps; None: as many as `epochs` need.
+    c.train.steps = optional(int)
+    c.train.epochs = 1.0
+    # Rows per optimiser step over all devices and accumulation steps.
+    c.train.global_batch_size = 8
+    c.train.gradient_accumulation_steps = 1
+    c.train.seed = 0
+    # Steps between evaluations; 0: only before the first step and after the last.
+    c.train.eval_every = 0
+    # Steps between checkpoints.
+    c.train.save_every = 100
+    # Steps between plain lines when the output is no terminal.
+    c.train.log_every = 10
+    # Recompute a layer's activations in the backward pass: full | none.
+    c.train.remat = "full"
+
+    # Devices along each axis; -1 takes what is left.
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.checkpoint = ConfigDict()
+    # The newest checkpoints kept for resuming.
+    c.checkpoint.keep_last_n = 2
+    # Besides these, the best by evaluation loss (0: none).
+    c.checkpoint.keep_best_n = 0
+    # auto (go on where this run directory stopped) | never (refuse a directory that has checkpoints).
+    c.checkpoint.resume = "auto"
+
+    c.evaluate = ConfigDict()
+    # Evaluation rows answered by generation before and after training, scored by exact match; 0: none.
+    c.evaluate.samples = 0
+    c.evaluate.max_new_tokens = 64
+    # Rows per forward pass of an evaluation; None: train.global_batch_size / gradient_accumulation_steps.
+    c.evaluate.batch_size = optional(int)
+
+    c.logging = ConfigDict()
+    c.logging.tensorboard = True
+
+    c.export = ConfigDict()
+    # `base_model_name_or_path` in adapter_config.json; None: model.id.
+    c.export.base_model_name_or_path = optional(str)
+    # full and partial: checkpoint (a whole Hugging Face model) | adapter (a PEFT directory of `modules_to_save`); None:
+    # checkpoint.
+    c.export.format = optional(str)
+    # A Hub repository (me/my-adapter) that the result goes to, in one commit, once it is complete here.  The token is
+    # huggingface_hub's: HF_TOKEN in the environment, or `hf auth login`.
+    c.export.push_to_hub = optional(str)
+    # Whether a repository that is created for it is private.
+    c.export.private = False
+    # For the model card: a language's code, or several, e.g. "fa".
+    c.export.language = optional(object)
+
+    return c.lock()
