@@ -61,8 +61,10 @@ def get_default() -> Any:
     c.peft.bias = optional(str)
     # Token ids whose rows of the embedding train.
     c.peft.trainable_token_indices = optional(object)
-    # True (Kaiming A, zero B) | False (both random) | "gaussian" | "orthogonal" | "pissa" | "pissa_niter_N" | "olora".
+    # True (Kaiming A, zero B) | False (both random) | gaussian | orthogonal | pissa | pissa_niter_N | olora | loftq.
     c.peft.init_lora_weights = optional(object)
+    # {"loftq_bits": 4, "loftq_iter": 1}, with init_lora_weights=loftq.
+    c.peft.loftq_config = optional(object)
     # adalora: ranks at first and on average at last; steps before, after and between their reductions.
     c.peft.init_r = optional(int)
     c.peft.target_r = optional(int)
@@ -86,7 +88,7 @@ def get_default() -> Any:
     c.peft.rank_dropout_scale = optional(bool)
     c.peft.decompose_both = optional(bool)
     c.peft.decompose_factor = optional(int)
-    # vera and randlora: the projections are drawn from the seed and always saved.
+    # vera and randlora: the projections are drawn from this key and always saved.
     c.peft.projection_prng_key = optional(int)
     c.peft.save_projection = optional(bool)
     c.peft.vera_dropout = optional(float)

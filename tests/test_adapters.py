@@ -247,6 +247,32 @@ def test_pissa_by_subspace_iteration_comes_near_the_whole_one():
     reference.close(np.asarray(near.a @ near.b), np.asarray(whole.a @ whole.b), 1e-2)
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_loftq_holds_what_nf4_loses(rounds):
+    """A B as peft's `loftq_init` makes them (which wants a GPU), of bitsandbytes' own rounding."""
+    import bitsandbytes.functional
+    import torch
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    layout = layout_of(64, 96)
+    keys = {"r": 5, "lora_alpha": 10, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": rounds}}
+    adapter = draw(layout, **keys)["layers/attn/q/kernel"]
+    w = np.asarray(jax.random.normal(jax.random.key(1), (3, 64, 96)))
+    weight = torch.tensor(w[2].T.copy())
+    left = weight
+    for _ in range(rounds):
+        packed, state = bitsandbytes.functional.quantize_4bit(left.contiguous(), quant_type="nf4", blocksize=64)
+        lost = weight - bitsandbytes.functional.dequantize_4bit(packed, state)
+        found = _low_rank_decomposition(lost, 5)
+        product = found["L"] @ found["R"]
+        left = weight - product
+    # What they call A B is scaled by alpha/r here, as all of LoRA is.
+    np.testing.assert_allclose(2 * np.asarray(adapter.a[2] @ adapter.b[2]).T, product.numpy(), atol=2e-5)
+    written = lora.to_config(layout, lora.Config(**keys), {})
+    assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (10, 20, True)
+    assert adapter.to_peft(layout.sites[0], 2)["lora_A.weight"].shape == (10, 64)
+
+
 def test_orthogonal_start():
     adapter = draw(layout_of(64, 96), r=16, init_lora_weights="orthogonal")["layers/attn/q/kernel"]
     assert np.abs(adapter.a @ adapter.b).max() < 1e-6
@@ -307,6 +333,8 @@ class TestRefusals:
             ({"trainable_token_indices": {"lm_head": [1]}}, "names lm_head"),
             ({"trainable_token_indices": [1, 1]}, "different token ids"),
             ({"init_lora_weights": "pissa"}, "a base that PEFT altered"),
+            ({"init_lora_weights": "loftq"}, "a base that PEFT altered"),
+            ({"loftq_config": {"loftq_bits": 8}}, "It goes with init_lora_weights='loftq'"),
             ({"init_lora_weights": "eva"}, "init_lora_weights is 'eva'"),
             ({"peft_type": "LORRA"}, "Did you mean `LORA`"),
             ({"lora_alphas": 3}, "does not know. Did you mean `lora_alpha`"),

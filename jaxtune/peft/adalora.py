@@ -38,6 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **lora.NEUTRAL,
     "r": (8, None),  # peft's own: init_r stands for it
     "alpha_pattern": (None, {}),
+    "loftq_config": (None, {}),
     "trainable_token_indices": (None,),
     "use_dora": (False,),
     "use_rslora": (False,),

@@ -39,7 +39,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "loftq_config": (None, {}),
     "lora_bias": (False,),
     "lora_ga_config": (None,),
     "megatron_config": (None,),
@@ -77,6 +76,7 @@ class Config:
     modules_to_save: Any = None
     trainable_token_indices: Any = None
     init_lora_weights: Any = True
+    loftq_config: Any = None
 
     def __post_init__(self):
         for key in ("rank_pattern", "alpha_pattern"):
@@ -93,6 +93,14 @@ class Config:
         for key in ("use_rslora", "use_dora"):
             check_choice(key, getattr(self, key), (True, False))
         lora_init.check(self.init_lora_weights)
+        object.__setattr__(self, "loftq_config", dict(self.loftq_config or {}))
+        if self.loftq_config and (
+            self.init_lora_weights != "loftq" or self.loftq_config.get("loftq_bits", 4) != 4 or self.loftq_rounds() < 1
+        ):
+            raise ValueError(
+                f"loftq_config is {self.loftq_config!r}. It goes with init_lora_weights='loftq', and is "
+                "{'loftq_bits': 4, 'loftq_iter': 1 or more}."
+            )
         check_targets(self)
         token_rows.check(self.trainable_token_indices)
         if self.use_dora and lora_init.alters_base(self.init_lora_weights):
@@ -100,6 +108,9 @@ class Config:
                 f"use_dora and init_lora_weights={self.init_lora_weights!r} exclude each other: exported magnitudes "
                 "would be those of an altered base."
             )
+
+    def loftq_rounds(self) -> int:
+        return int(self.loftq_config.get("loftq_iter", 1))
 
 
 def dropout(x: Any, rate: float, rng: Any) -> Any:
@@ -243,7 +254,8 @@ def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[s
         if site.kind != "linear":
             adapters[path] = _new_table(site_key(key, path), site, ranks[0], scale[0], config)
             continue
-        values = lora_init.draw(site_key(key, path), site, ranks, scale, config.init_lora_weights, start.params[path])
+        how, w, rounds = config.init_lora_weights, start.params[path], config.loftq_rounds()
+        values = lora_init.draw(site_key(key, path), site, ranks, scale, how, w, rounds)
         a0, b0 = (values.a, values.b) if values.taken else (None, None)
         magnitude = None
         if config.use_dora:
@@ -363,4 +375,5 @@ def to_config(layout: Layout, config: Config, adapters: Mapping[str, Any]) -> di
         "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
         "alpha_pattern": {key: alpha * more for key, alpha in config.alpha_pattern.items()},
         "init_lora_weights": True,
+        "loftq_config": {},
     }

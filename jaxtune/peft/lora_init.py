@@ -7,9 +7,11 @@
   pissa       A, B from the largest singular values of W (Meng et al. 2024, arXiv 2404.02948); pissa_niter_N: by N
               rounds of subspace iteration instead of a whole SVD
   olora       A, B from the QR decomposition of Wᵀ (Büyükakyüz 2024, arXiv 2406.01775)
+  loftq       A, B from the largest singular values of what NF4 loses of W (Li et al. 2023, arXiv 2310.08659)
 
-The last two take s A B off the base, so that training starts at the base's own function.  jaxtune leaves the base as it
-is and subtracts the initial product instead.
+The last three take s A B off the base, so that training starts at the base's own function.  jaxtune leaves the base as
+it is and subtracts the initial product instead.  (peft's LoftQ puts the rounded weight in W's place; W - s A B is that
+but for what the rank cannot hold.)
 """
 
 import re
@@ -20,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.peft.method import Site
+from jaxtune.quant import nf4
 
-NAMES = ("gaussian", "orthogonal", "pissa", "olora")
+NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 
 
 class Values(NamedTuple):
@@ -46,18 +49,21 @@ def check(how: Any) -> None:
 
 
 def alters_base(how: Any) -> bool:
-    return isinstance(how, str) and how.startswith(("pissa", "olora"))
+    return isinstance(how, str) and how.startswith(("pissa", "olora", "loftq"))
 
 
 def needs_even(how: Any) -> bool:
     return how == "orthogonal"
 
 
-def draw(key: jax.Array, site: Site, ranks: tuple[int, ...], scale: np.ndarray, how: Any, w: Any) -> Values:
+def draw(
+    key: jax.Array, site: Site, ranks: tuple[int, ...], scale: np.ndarray, how: Any, w: Any, rounds: int = 1
+) -> Values:
     """One site's first values, zero beyond each layer's rank.
 
     Args:
       scale: what multiplies A B in each layer [L].  w: the base's weight [L, in, out].
+      rounds: of LoftQ, each rounding what the last left of W.
     """
     L, R, (rows, columns) = len(ranks), max(ranks), site.shape[1:]
     live = jnp.asarray(np.arange(R)[None] < np.array(ranks)[:, None], jnp.float32)  # [L, R]
@@ -69,7 +75,7 @@ def draw(key: jax.Array, site: Site, ranks: tuple[int, ...], scale: np.ndarray, 
 
     b = jnp.zeros((L, R, columns))
     if alters_base(how):
-        a, b = _from_weight(how, key, w.astype(jnp.float32), R, jnp.asarray(scale))
+        a, b = _from_weight(how, key, w.astype(jnp.float32), R, jnp.asarray(scale), rounds)
     elif how == "orthogonal":
         a, b = _orthogonal(key, ranks, rows, columns)
     elif how == "gaussian":
@@ -80,17 +86,25 @@ def draw(key: jax.Array, site: Site, ranks: tuple[int, ...], scale: np.ndarray, 
     return Values(a * live[:, None, :], b * live[:, :, None], alters_base(how))
 
 
-def _from_weight(how: str, key: jax.Array, w: Any, rank: int, scale: Any) -> tuple[Any, Any]:
+def _from_weight(how: str, key: jax.Array, w: Any, rank: int, scale: Any, rounds: int) -> tuple[Any, Any]:
     if how == "olora":
         q, r = jnp.linalg.qr(jnp.swapaxes(w, 1, 2))  # Wᵀ = Q R
         return jnp.swapaxes(r[:, :rank], 1, 2), jnp.swapaxes(q[:, :, :rank], 1, 2)
-    if how == "pissa":
-        u, s, v = jnp.linalg.svd(w, full_matrices=False)
-        u, s, v = u[:, :, :rank], s[:, :rank], v[:, :rank]
+    if how == "loftq":
+        u, s, v = _largest(w - jax.lax.map(nf4.rounded, w), rank)
+        for _ in range(rounds - 1):
+            u, s, v = _largest(w - jax.lax.map(nf4.rounded, w - (u * s[:, None, :]) @ v), rank)
+    elif how == "pissa":
+        u, s, v = _largest(w, rank)
     else:
         u, s, v = _subspace_svd(key, w, rank, int(how.rsplit("_", 1)[-1]))
     root = jnp.sqrt(s / scale[:, None])
     return u * root[:, None, :], v * root[:, :, None]
+
+
+def _largest(w: Any, rank: int) -> tuple[Any, Any, Any]:
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)
+    return u[:, :, :rank], s[:, :rank], v[:, :rank]
 
 
 def _subspace_svd(key: jax.Array, w: Any, rank: int, rounds: int) -> tuple[Any, Any, Any]:
