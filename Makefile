@@ -1,7 +1,7 @@
 # Everything is installed into .venv; the second time nothing is.
 #
 #   make quickstart PYTHON=python3.12         another Python than python3
-#   make test PYTEST_FLAGS="-k gemma"         some tests; PYTEST_FLAGS="-n 2" runs them in two processes
+#   make test PYTEST_FLAGS="-k gemma"         some tests, in one process; without, two processes share the files
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #       torch without CUDA: constraints.txt pins torch==2.13.0, and pip prefers the CPU build wherever it sees one
 #       (that index, or a wheel in its find-links).  Where it sees none it takes PyPI's, with gigabytes of CUDA.
@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 PY := .venv/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 

@@ -302,9 +302,7 @@ class TestOptimisers:
 
 def test_full_training_reaches_every_weight(checkpoint):
     """method=full: every parameter is float32, gets a gradient and moves."""
-    c = config()
-    c.peft.method = "full"
-    run = Run(checkpoint("gemma3")[1], c)
+    run = Run(checkpoint("gemma3")[1], config(method="full", target_modules=None, r=None, lora_alpha=None))
     before = {p: np.asarray(x) for p, x in run.state.trainable.items()}
     assert not run.adapted.frozen and len(before) == 16 - 1
     losses = [run.step(ragged_rows(8))["loss"] for _ in range(3)]
