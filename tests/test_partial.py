@@ -15,6 +15,7 @@ from test_training import Run, config, ragged_rows, torch_loss
 import jaxtune
 from jaxtune import adapt, train
 from jaxtune.config import get_default, to_json
+from jaxtune.data.virtual import by_column
 from jaxtune.errors import UserError
 from jaxtune.hf.base import open_base
 from jaxtune.peft import METHODS, partial
@@ -154,3 +155,12 @@ def test_every_key_of_every_method_is_a_setting():
     keys = {f.name for m in METHODS.values() for f in dataclasses.fields(m.Config)} - not_set
     settings = set(get_default().peft) - {"method", "init_from"}
     assert keys ^ settings == set()
+
+
+@pytest.mark.parametrize("name", [*METHODS, "full"])
+def test_a_method_by_its_name_alone_is_a_sensible_run(checkpoint, name):
+    """Nothing else has to be set: targets, sizes and a learning rate are there."""
+    base = open_base(str(checkpoint("gemma3")[1]))
+    adapt.check_targets(section(method=name), base)
+    assert 1e-5 < adapt.learning_rate(section(method=name)) < 1
+    by_column(adapt.virtual_tokens(section(method=name), base), None)

@@ -36,9 +36,9 @@ def by_column(virtual: Virtual, column: str | None) -> Virtual:
     """With the column that rows name their task in.
 
     Raises:
-      UserError: the method has tasks and there is no column, or the other way round.
+      UserError: the method has several tasks and there is no column, or it has none and there is one.
     """
-    if virtual.tasks and column is None:
+    if virtual.tasks > 1 and column is None:
         raise UserError(
             f"`peft.num_tasks` is {virtual.tasks}, and `data.task_id` is not set. It is the column that holds each "
             f"row's task, an integer from 0 to {virtual.tasks - 1}."
@@ -55,11 +55,13 @@ def tasks_of(virtual: Virtual, task_id: Any, rows: int) -> list[int]:
     """The task of each of `rows` rows from what a caller gave: one for all, or one each.
 
     Raises:
-      UserError: none given to a method with tasks, or one to a method without; out of range; not as many as rows.
+      UserError: none given where there are several tasks, or one where there are none; out of range; not one a row.
     """
     if not virtual.tasks:
         if task_id is not None:
             raise UserError("`task_id` is for adapters of multitask prompt tuning; this model has none.")
+        return [0] * rows
+    if task_id is None and virtual.tasks == 1:
         return [0] * rows
     if task_id is None:
         raise UserError(f"This adapter has {virtual.tasks} tasks: give `task_id`, one for all rows or a list.")

@@ -36,7 +36,7 @@ class Sizes:
       ValueError: a value out of range, naming the key.
     """
 
-    num_virtual_tokens: Any = None
+    num_virtual_tokens: Any = 20  # PEFT has no default
     token_dim: Any = None
     num_transformer_submodules: Any = None
     num_attention_heads: Any = None
