@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
 from jaxtune import tree
+from jaxtune.config import get_default
 from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import UserError, did_you_mean
 from jaxtune.hf import hub
@@ -62,6 +63,22 @@ class Adapted(NamedTuple):
         return functools.partial(found, self.peft.config) if self.peft and found else None
 
 
+def settings_of(name: str) -> list[str]:
+    """The keys of the `peft` section that a method has: all of its config but the sizes of the model.
+
+    Raises:
+      UserError: an unknown method.
+    """
+    known = [*METHODS, *partial.LEARNING_RATES]
+    if name not in known:
+        raise UserError(f"`peft.method` is {name!r}. It can be: {', '.join(known)}.{did_you_mean(name, known)}")
+    if name == "full":
+        return []
+    config_class = METHODS[name].Config if name in METHODS else partial.Config
+    usual: Any = get_default()
+    return [f.name for f in dataclasses.fields(config_class) if f.name in usual.peft]
+
+
 def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
     """(method module, its config) of a `peft` section as plain values; the module is None for `full` and `partial`.
 
@@ -69,16 +86,13 @@ def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
       UserError: an unknown method, a key that it does not have, or a value that it refuses.
     """
     name = section["method"]
-    known = [*METHODS, *partial.LEARNING_RATES]
-    if name not in known:
-        raise UserError(f"`peft.method` is {name!r}. It can be: {', '.join(known)}.{did_you_mean(name, known)}")
+    fields = settings_of(name)
     values = {k: v for k, v in section.items() if k not in OWN and v is not None}
     for pattern in ("rank_pattern", "alpha_pattern"):
         if isinstance(values.get(pattern), list):
             values[pattern] = dict(values[pattern])
     method = METHODS.get(name)
     config_class = method.Config if method else partial.Config
-    fields = [f.name for f in dataclasses.fields(config_class)] if name != "full" else []
     for key in values:
         if key not in fields:
             raise UserError(

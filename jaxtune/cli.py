@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}. Try --help.")
 
 
-def parse(module: str, argv: Sequence[str], description: str) -> Arguments:
+def parse(module: str, argv: Sequence[str], description: str, *, quiet: bool = False) -> Arguments:
     """Reads a command line.
 
     Raises:
@@ -68,7 +68,8 @@ def parse(module: str, argv: Sequence[str], description: str) -> Arguments:
         raise UserError("--config is missing. Give a recipe, e.g. --config configs/quickstart.py; or try --help.")
     config = load_config(known.config)
     settings = {path: literal(text) for path, text in (w.removeprefix("--config.").split("=", 1) for w in rest)}
-    change_method(config, settings.get("peft.method"), known.config)
+    if change_method(config, settings.get("peft.method")) and not quiet:
+        print(f"{known.config} is for another method; its learning rate and `peft` section are not used")
     for path, value in settings.items():
         set_value(config, path, value)
     check(config)
@@ -77,15 +78,15 @@ def parse(module: str, argv: Sequence[str], description: str) -> Arguments:
     return Arguments(config, workdir, shlex.join(["python", "-m", module, *argv]))
 
 
-def change_method(config: Any, method: Any, source: str) -> None:
+def change_method(config: Any, method: Any) -> bool:
     """A recipe's `peft` section and learning rate are meant for its own method: where the command line names another,
-    they are that one's defaults, so that `--config.peft.method=ia3` alone is a sensible run."""
+    they are that one's defaults, so that `--config.peft.method=ia3` alone is a sensible run.  Whether it does."""
     if method is None or method == config.peft.method:
-        return
-    print(f"{source} is for {config.peft.method}; for {method} its learning rate and `peft` section are not used")
+        return False
     usual: Any = get_default()
     config.peft.update(dict(usual.peft.items()))
     config.optim.learning_rate = None
+    return True
 
 
 def literal(text: str) -> Any:

@@ -19,14 +19,15 @@ import rich.box
 import rich.console
 import rich.table
 
-from jaxtune import cli
+from jaxtune import adapt, cli, config
 from jaxtune.console import Console
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 from jaxtune.peft import METHODS
 from jaxtune.rundir import write_atomic, write_json_atomic
 
-BASE_METHODS = ("full",)  # `partial` needs to be told what
-COLUMNS = ("run", "method", "trains", "of base", "rate", "steps", "time", "memory", "held-out loss", "exact match")
+# `all` leaves out `partial`, which has to be told what.
+BASE_METHODS = ("full", "partial")
+COLUMNS = ("run", "method", "trains", "of base", "rate", "steps", "step time", "memory", "held-out loss", "exact match")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="*", help="run directories")
     parser.add_argument("--config", help="a recipe to train with every method that --methods names")
-    parser.add_argument("--methods", default="all", help="names with commas between; default all")
-    parser.add_argument("--workdir", default="runs/compare", help="where runs of --config and the results go")
+    parser.add_argument("--methods", default="all", help="names with commas between; default: all but partial")
+    parser.add_argument("--workdir", default="runs/compare", help="of its runs and results; default: runs/compare")
     known, settings = parser.parse_known_args(list(argv))
     wrong = [word for word in settings if not (known.config and word.startswith("--config."))]
     if wrong:
@@ -65,7 +66,7 @@ def methods_of(text: str) -> list[str]:
       UserError: one that does not exist.
     """
     known = [*METHODS, *BASE_METHODS]
-    asked = known if text == "all" else [name for name in text.split(",") if name]
+    asked = known[:-1] if text == "all" else [name for name in text.split(",") if name]
     for name in asked:
         if name not in known:
             raise UserError(f"--methods names {name!r}. There are: all, {', '.join(known)}.{did_you_mean(name, known)}")
@@ -76,19 +77,67 @@ def train_all(recipe: str, methods: Sequence[str], workdir: Path, settings: Sequ
     """One run a method, each a process of its own, so that its peak memory is its own; a finished one is only read.
 
     Raises:
-      UserError: a run failed; the others stay, and the same command goes on.
+      UserError: a setting that cannot be meant, or a finished run with other settings, before anything is trained; or a
+        run failed: the others stay, and the same command goes on.
     """
-    runs = []
+    words = {method: words_of(method, methods, settings) for method in methods}
+    for method in methods:
+        check_run(workdir / method, ["--config", recipe, *words[method]])
     for method in methods:
         run = workdir / method
-        runs.append(run)
         if status(run) == "finished":
             continue
-        command = [sys.executable, "-m", "jaxtune.train", "--config", recipe, "--workdir", str(run)]
-        code = subprocess.run([*command, f"--config.peft.method={method}", *settings], check=False).returncode
+        command = [sys.executable, "-m", "jaxtune.train", "--config", recipe, "--workdir", str(run), *words[method]]
+        code = subprocess.run(command, check=False).returncode
         if code:
-            raise UserError(f"The run of {method} ended with exit code {code}: see {run / 'log.txt'}. The others stay.")
-    return runs
+            raise UserError(
+                f"The run of {method} ended with exit code {code}: see {run}. Finished runs stay, and the same "
+                "command goes on."
+            )
+    return [workdir / method for method in methods]
+
+
+def words_of(method: str, methods: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The settings of one method's run: a key of `peft` goes to the methods that have it.
+
+    Raises:
+      UserError: none of them has it.
+    """
+    words = [f"--config.peft.method={method}"]
+    for word in settings:
+        key = word.removeprefix("--config.peft.").split("=")[0]
+        if word.startswith("--config.peft."):
+            having = [name for name in methods if key in adapt.settings_of(name)]
+            if not having:
+                raise UserError(f"{word}: none of {', '.join(methods)} has the key {key!r}.")
+            if method not in having:
+                continue
+        words.append(word)
+    return words
+
+
+def check_run(run: Path, words: Sequence[str]) -> None:
+    """Refuses settings that cannot be meant, or that are not those of a run that is finished.
+
+    Raises:
+      UserError: naming the keys.
+    """
+    asked = config.to_json(cli.parse("jaxtune.train", words, "", quiet=True).config)
+    rate = adapt.learning_rate(asked["peft"])
+    if status(run) != "finished":
+        return
+    asked["optim"]["learning_rate"] = (
+        rate if asked["optim"]["learning_rate"] is None else asked["optim"]["learning_rate"]
+    )
+    stored = json.loads((run / "config.json").read_text())
+    differ = [
+        f"{section}.{key}: {stored.get(section, {}).get(key)!r}, now {value!r}"
+        for section, values in asked.items()
+        for key, value in values.items()
+        if stored.get(section, {}).get(key) != value
+    ]
+    if differ:
+        raise UserError(f"{run} is finished, with other settings ({'; '.join(differ[:3])}). Give another --workdir.")
 
 
 def status(run: Path) -> str | None:
@@ -105,16 +154,16 @@ def read_run(run: Path) -> dict[str, Any]:
     missing = [name for name in ("config.json", "run.json", "metrics.jsonl") if not (run / name).is_file()]
     if missing:
         raise MissingInputError(f"{run} is no run directory: it has no {', '.join(missing)}.")
-    config, record = (json.loads((run / name).read_text()) for name in ("config.json", "run.json"))
+    settings, record = (json.loads((run / name).read_text()) for name in ("config.json", "run.json"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     steps = [line for line in lines if "loss" in line]
     held = [line["eval_loss"] for line in lines if "eval_loss" in line]
     scores = json.loads((run / "eval.json").read_text()) if (run / "eval.json").is_file() else {}
     return {
         "run": run.name,
-        "method": config["peft"]["method"],
+        "method": settings["peft"]["method"],
         "status": record["status"],
-        "learning_rate": config["optim"]["learning_rate"],
+        "learning_rate": settings["optim"]["learning_rate"],
         "trainable_parameters": record.get("trainable_parameters"),
         "base_parameters": record.get("base_parameters"),
         "steps": len(steps),
@@ -189,13 +238,13 @@ def picture(rows: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 6), dpi=120)
-    colours = pyplot.get_cmap("tab20")
+    colours, styles = pyplot.get_cmap("tab10"), ("-", "--", ":")
     ends = []
     for number, row in enumerate(rows):
         steps, values = smooth(row["losses"])
-        axes.plot(steps, values, color=colours(number % 20), label=row["run"], linewidth=1.6)
+        axes.plot(steps, values, color=colours(number % 10), linestyle=styles[number // 10 % 3], label=row["run"])
         ends += values[-1:]
-    axes.set(xlabel="step", ylabel="training loss (smoothed)")
+    axes.set(title="Training loss, averaged over a twentieth of the run", xlabel="step", ylabel="loss")
     if ends and max(ends) > 4 * min(ends) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

@@ -6,6 +6,7 @@ A recipe in `configs/` is data: it takes `get_default()`, changes some values an
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -95,6 +96,11 @@ def find_secret(where: str, value: Any) -> None:
         )
 
 
+def listed(names: Sequence[str], most: int = 24) -> str:
+    """Names with commas between, cut where they would fill the screen."""
+    return ", ".join(names[:most]) + (", … (all are in jaxtune/defaults.py)" if len(names) > most else "")
+
+
 def set_value(config: Any, path: str, value: Any) -> None:
     """Sets one leaf by its dotted path, as `--config.data.max_length=512` does.
 
@@ -105,7 +111,7 @@ def set_value(config: Any, path: str, value: Any) -> None:
     if path not in known:
         raise UserError(
             f"No config key `{path}`.{did_you_mean(path, known)}\n"
-            f"Keys of `{path.split('.')[0]}`: {', '.join(k for k in known if k.startswith(path.split('.')[0] + '.'))}."
+            f"Keys of `{path.split('.')[0]}`: {listed([k for k in known if k.startswith(path.split('.')[0] + '.')])}."
             if any(k.startswith(path.split(".")[0] + ".") for k in known)
             else f"No config key `{path}`.{did_you_mean(path, known)} Sections: {', '.join(config)}."
         )

@@ -31,6 +31,21 @@ class Sampling(NamedTuple):
     top_p: float | None = None
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Refuses what is no way to choose.
+
+    Raises:
+      UserError: naming the value and its range.
+    """
+    temperature, top_k, top_p = sampling
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature!r}. It is 0 (the likeliest token) or a number above it.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k!r}. It is 1 or more, or None.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p!r}. It is above 0 and at most 1, or None.")
+
+
 def choose(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[Array, "B"]:
     """The next token of each row."""
     if sampling.temperature == 0:
@@ -115,6 +130,7 @@ def generate(
       batch_size: prompts to a batch; None: all at once.  The last batch is filled up with copies of its first prompt.
     """
     sampling = sampling or Sampling()
+    check_sampling(sampling)
     if not prompts:
         return []
     if any(len(p) == 0 for p in prompts):

@@ -18,6 +18,7 @@ from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
 from jaxtune.hf.base import Base, load_base, open_base
 from jaxtune.layers import output_logits
+from jaxtune.tree import count
 from jaxtune.typing import Tree
 
 
@@ -31,7 +32,7 @@ def forward_logits(model: Any, variables: Tree, tokens: Any, segments: Any) -> A
     return output_logits(hidden, model.apply(variables, method="head"), model.config.final_softcap)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LanguageModel:
     """A base on a mesh and, where `peft` is not None, an adapter over it."""
 
@@ -40,6 +41,10 @@ class LanguageModel:
     variables: Tree
     peft: PeftAdapter | None
     tokenizer: Any | None
+
+    def __repr__(self) -> str:
+        over = f", with an adapter of type {self.peft.method.PEFT_TYPE}" if self.peft else ""
+        return f"<jaxtune.LanguageModel {self.base.id}: {count(self.base.abstract):,} parameters{over}>"
 
     def logits(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, task_id: Any = None) -> np.ndarray:
         """Logits of every position, equal to transformers' (eager attention); with a prompt or a prefix, to peft's of

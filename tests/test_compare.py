@@ -80,21 +80,49 @@ def test_one_command_trains_and_compares(tmp_path, capfd, monkeypatch):
     words = ["--config", str(place.recipe), "--methods", "lora,ia3", "--workdir", str(tmp_path / "runs")]
     assert compare.main([*words, "--config.train.steps=4"]) == 0
     out = capfd.readouterr().out
-    assert "is for lora; for ia3 its learning rate and `peft` section are not used" in out
+    assert "is for another method; its learning rate and `peft` section are not used" in out
     lora, ia3 = json.loads((tmp_path / "runs" / "compare.json").read_text())
     assert (lora["run"], lora["steps"], lora["learning_rate"]) == ("lora", 4, 5e-3)
     assert ia3["learning_rate"] == compare.METHODS["ia3"].LEARNING_RATE
     assert 0 < ia3["trainable_parameters"] < lora["trainable_parameters"] < lora["base_parameters"]
     assert lora["peak_memory_bytes"] > 2**26 and lora["eval_loss_after"] is not None
-    # Finished runs are read, not trained again.
-    assert compare.main(words) == 0
+    # Finished runs are read, not trained again; and not taken for others.
+    again = [*words, "--config.train.steps=4"]
+    assert compare.main(again) == 0
     assert "step 4/4" not in capfd.readouterr().out
+    with pytest.raises(UserError, match=r"lora is finished, with other settings \(data.max_length: 64, now 48"):
+        compare.main([*again, "--config.data.max_length=48"])
 
 
-def test_a_run_that_fails_is_named(tmp_path, capfd):
+def test_a_run_that_fails_is_named(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    place = tiny_run.make(tmp_path, steps=4)
+    place.train.unlink()
     with pytest.raises(UserError, match="The run of lora ended with exit code 66"):
-        compare.main(["--config", str(tmp_path / "none.py"), "--methods", "lora", "--workdir", str(tmp_path / "runs")])
-    assert "There is no config file" in capfd.readouterr().err
+        compare.main(["--config", str(place.recipe), "--methods", "lora", "--workdir", str(tmp_path / "runs")])
+    assert str(place.train) in capfd.readouterr().err
+
+
+def test_settings_go_to_the_methods_that_have_them(tmp_path):
+    """And what cannot be meant is refused before anything is trained."""
+    methods = ["ia3", "p_tuning", "lora"]
+    settings = [
+        "--config.peft.num_virtual_tokens=4",
+        "--config.train.steps=2",
+        "--config.peft.target_modules=all-linear",
+    ]
+    found = {
+        method: [word.split(".", 1)[1] for word in compare.words_of(method, methods, settings)] for method in methods
+    }
+    assert found["ia3"] == ["peft.method=ia3", "train.steps=2", "peft.target_modules=all-linear"]
+    assert found["p_tuning"] == ["peft.method=p_tuning", "peft.num_virtual_tokens=4", "train.steps=2"]
+    with pytest.raises(UserError, match="none of ia3, p_tuning, lora has the key 'deltaT'"):
+        compare.words_of("lora", methods, ["--config.peft.deltaT=2"])
+    place = tiny_run.make(tmp_path, steps=4)
+    words = ["--config", str(place.recipe), "--methods", "lora,ia3", "--workdir", str(tmp_path / "runs")]
+    with pytest.raises(UserError, match=r"No config key `train\.stepz`"):
+        compare.main([*words, "--config.train.stepz=5"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_another_method_on_the_command_line_has_its_own_settings(tmp_path, capsys):

@@ -9,7 +9,7 @@ import transformers
 
 import jaxtune
 from jaxtune.errors import UserError
-from jaxtune.generate import Sampling, choose, generate
+from jaxtune.generate import Sampling, check_sampling, choose, generate
 
 STOPS = (5, 9)
 
@@ -86,3 +86,17 @@ def test_seed_decides(checkpoint):
 
     assert run(0) == run(0) != run(1)
     assert len({tuple(answer) for answer in run(0)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_what_is_no_way_to_choose(how, message):
+    with pytest.raises(UserError, match=message):
+        check_sampling(Sampling(**how))

@@ -82,6 +82,14 @@ def load_adapter(directory: Path, layout: Layout, **ours: Any) -> PeftAdapter:
     Raises:
       MissingInputError, UserError: naming the key, the tensor or the shape that does not fit.
     """
+    if not (directory / "adapter_config.json").is_file():
+        inside = [path for path in (directory / "adapter", *directory.glob("adapter-*")) if path.is_dir()]
+        there = sorted(p.name for p in directory.iterdir())[:20] if directory.is_dir() else None
+        raise MissingInputError(
+            f"{directory} is no PEFT directory: "
+            + ("there is no such directory" if there is None else f"it holds {', '.join(there) or 'nothing'}")
+            + (f". Did you mean {inside[0]}?" if inside else ". An adapter on the Hub is fetched with `hf download`.")
+        )
     values = read_json(directory / "adapter_config.json", CONFIG_LIMIT)
     peft_type = values.get("peft_type")
     if peft_type not in BY_PEFT_TYPE:

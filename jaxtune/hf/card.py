@@ -72,8 +72,8 @@ def card(kind: str, base: str, method: str, run: Run | None = None, repo_id: str
         eval_results=_results(run) or None,
     )
     what = {
-        "adapter": f"A {method} adapter for",
-        "merged": f"A {method} adapter merged into",
+        "adapter": f"An adapter ({method}) for",
+        "merged": f"An adapter ({method}) merged into",
         "model": f"Trained ({method}) from",
     }[kind]
     parts = [f"# {short}-{method}", f"{what} `{short if not on_hub else base}`, made with jaxtune {__version__}."]
