@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtune import mesh as meshes
 from jaxtune import tree
 from jaxtune.config import get_default
-from jaxtune.data.virtual import NONE, Virtual
+from jaxtune.data.virtual import Virtual
 from jaxtune.errors import UserError, did_you_mean
 from jaxtune.hf import hub
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
@@ -30,7 +30,7 @@ from jaxtune.hf.merge import save_merged
 from jaxtune.hf.weights import save_params
 from jaxtune.peft import METHODS, lora, partial, saved
 from jaxtune.peft.keys import read_config
-from jaxtune.peft.method import NO_TARGETS, Start, is_trainable, to_variables
+from jaxtune.peft.method import NO_TARGETS, Start, is_trainable, to_variables, virtual_of
 from jaxtune.probe import logits_of, write_adapter
 from jaxtune.typing import Tree
 
@@ -156,7 +156,7 @@ def virtual_tokens(section: dict[str, Any], base: Base) -> Virtual:
     if section["init_from"]:
         peft = load_first(section, base)
         method, config = peft.method, peft.config
-    return method.virtual(config) if hasattr(method, "virtual") else NONE
+    return virtual_of(method, config)
 
 
 def fresh_adapters(

@@ -18,6 +18,7 @@ from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
 from jaxtune.hf.base import Base, load_base, open_base
 from jaxtune.layers import output_logits
+from jaxtune.peft.method import virtual_of
 from jaxtune.tree import count
 from jaxtune.typing import Tree
 
@@ -85,9 +86,7 @@ class LanguageModel:
     @property
     def virtual(self) -> Virtual:
         """The virtual tokens before every text."""
-        return (
-            self.peft.method.virtual(self.peft.config) if self.peft and hasattr(self.peft.method, "virtual") else NONE
-        )
+        return virtual_of(self.peft.method, self.peft.config) if self.peft else NONE
 
     def generate(
         self,

@@ -21,7 +21,7 @@ from jaxtune.hf.adapters import PeftAdapter, adapter_tensors, place_adapters, sa
 from jaxtune.hf.base import Base
 from jaxtune.hf.merge import TOLERANCE, difference
 from jaxtune.lm import forward_logits
-from jaxtune.peft.method import from_variables
+from jaxtune.peft.method import from_variables, virtual_of
 from jaxtune.typing import Tree
 
 ROWS, LENGTH = 2, 24
@@ -41,8 +41,7 @@ def logits_of(base: Base, mesh: Mesh, variables: Tree, peft: PeftAdapter | None)
             own = np.asarray(leaf)[: LENGTH // 2]
             ids[:, 1 : 1 + len(own)] = own
 
-    has_virtual = peft is not None and hasattr(peft.method, "virtual")
-    virtual = peft.method.virtual(peft.config) if peft and has_virtual else NONE
+    virtual = virtual_of(peft.method, peft.config) if peft else NONE
 
     def logits(variables: Tree) -> np.ndarray:
         before = virtual if "prompt" in variables.get("adapters", {}) else NONE
@@ -88,7 +87,7 @@ def write_adapter(
                     f"The adapter that was written gives other logits than the one in memory, by {found:.1e} of the "
                     f"largest ({TOLERANCE:.0e} is rounding). It was removed."
                 )
-        tensors = adapter_tensors(nn.unbox(again.adapters), base.layout, base.text_prefix)
+        tensors = adapter_tensors(nn.unbox(again.adapters), base.layout)
         b = {name: value for name, value in tensors.items() if name.endswith("lora_B.weight") and value.size}
         zero = [name for name, value in b.items() if not value.any()]
         if changes and difference(logits()(variables), logits()(params)) <= NOTHING:
@@ -99,8 +98,7 @@ def write_adapter(
         elif zero:
             say(f"WARNING: {len(zero)} of {len(b)} lora_B in {directory} are zero and do nothing, {zero[0]} first.")
 
-    where = {"text_prefix": base.text_prefix, "readme": readme, "check": check}
-    save_adapter(directory, variables, base.layout, peft, name, **where)
+    save_adapter(directory, variables, base.layout, peft, name, readme=readme, check=check)
 
 
 def identical(a: Any, b: Any) -> bool:

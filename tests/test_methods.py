@@ -156,8 +156,7 @@ def adapted(checkpoint, tmp_path_factory):
 
 def save(lm, directory):
     """As `lm.save_adapter`, without its run of the model, which takes a while to compile."""
-    where = {"text_prefix": lm.base.text_prefix}
-    save_adapter(directory, lm.variables, lm.base.layout, lm.peft, str(lm.base.directory), **where)
+    save_adapter(directory, lm.variables, lm.base.layout, lm.peft, str(lm.base.directory))
 
 
 @jax.jit

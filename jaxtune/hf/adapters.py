@@ -142,11 +142,8 @@ def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> dict[str, Tree]:
     return jax.device_put(nn.unbox(variables), meshes.shardings(mesh, variables))
 
 
-def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: str = "") -> dict[str, np.ndarray]:
-    """PEFT's tensors of a set of adapters ({path: adapter}, unboxed), by PEFT's names.
-
-    text_prefix: what stands between `model.` and `layers` in a multimodal checkpoint ("language_model.").
-    """
+def adapter_tensors(adapters: Mapping[str, Any], layout: Layout) -> dict[str, np.ndarray]:
+    """PEFT's tensors of a set of adapters ({path: adapter}, unboxed), by PEFT's names."""
     sites = {site.path: site for site in layout.sites}
     # PEFT wraps a model around the base, except with prompts and prefixes.
     before = PREFIX if all(path in sites for path in adapters) else prompt.PREFIX
@@ -157,8 +154,7 @@ def adapter_tensors(adapters: Mapping[str, Any], layout: Layout, text_prefix: st
             continue
         for layer, module in enumerate(sites[path].modules):
             for suffix, value in adapter.to_peft(sites[path], layer).items():
-                name = module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
-                tensors[f"{before}{name}.{suffix}"] = value
+                tensors[f"{before}{layout.peft_module(module)}.{suffix}"] = value
     for kind in dict.fromkeys(type(a) for a in adapters.values() if hasattr(a, "own_tensors")):
         tensors |= kind.own_tensors(layout, {path: a for path, a in adapters.items() if isinstance(a, kind)})
     return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in tensors.items()}
@@ -171,7 +167,6 @@ def save_adapter(
     peft: PeftAdapter,
     base: str,
     *,
-    text_prefix: str = "",
     readme: str = "",
     check: Callable[[PeftAdapter], None] = lambda again: None,
 ) -> None:
@@ -187,7 +182,7 @@ def save_adapter(
       ExportError: other tensors come back than were written.
     """
     flat = from_variables(variables)
-    tensors = adapter_tensors(flat, layout, text_prefix)
+    tensors = adapter_tensors(flat, layout)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if bad or not tensors:
         raise UserError(f"The adapter is not written: {bad[0] + ' is not finite' if bad else 'it has no tensors'}.")
@@ -203,7 +198,7 @@ def save_adapter(
     }
     ours = {key: values.pop(key) for key in getattr(peft.method, "OUR_KEYS", ())}
     if "target_modules" in values:
-        values["target_modules"] = exported_targets(values["target_modules"], layout, flat, text_prefix)
+        values["target_modules"] = exported_targets(values["target_modules"], layout, flat)
     with replaced_directory(directory) as new:
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
@@ -211,7 +206,7 @@ def save_adapter(
         if ours:
             (new / OURS).write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
         again = load_adapter(new, layout)
-        check_same(tensors, adapter_tensors(nn.unbox(again.adapters), layout, text_prefix))
+        check_same(tensors, adapter_tensors(nn.unbox(again.adapters), layout))
         check(again)
 
 
@@ -230,19 +225,19 @@ def check_same(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray]
         )
 
 
-def exported_targets(asked: Any, layout: Layout, adapters: Mapping[str, Any], text_prefix: str) -> Any:
+def exported_targets(asked: Any, layout: Layout, adapters: Mapping[str, Any]) -> Any:
     """`target_modules` as other loaders understand it: names instead of "all-linear" or a family's default.
 
     In a multimodal checkpoint the same names stand in the vision tower, so that whole paths are needed.
     """
     modules = sorted(
-        module.replace("model.", f"model.{text_prefix}", 1) if text_prefix else module
+        layout.peft_module(module)
         for site in layout.sites
         if site.path in adapters and getattr(adapters[site.path], "targeted", True)
         for layer, module in enumerate(site.modules)
         if adapters[site.path].to_peft(site, layer)
     )
-    if text_prefix:
+    if layout.text_prefix:
         return modules
     if asked is None or (isinstance(asked, str) and asked.lower() == "all-linear"):
         return sorted({name.rsplit(".", 1)[-1] for name in modules})

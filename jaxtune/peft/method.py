@@ -55,6 +55,7 @@ import jax
 import numpy as np
 
 from jaxtune import tree
+from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import UserError, did_you_mean
 from jaxtune.typing import Tree
 
@@ -132,6 +133,11 @@ class Fixed:
 def is_trainable(path: str) -> bool:
     """Whether a leaf of the adapters, by its path, is trained."""
     return not path.endswith("/fixed")
+
+
+def virtual_of(method: Any, config: Any) -> Virtual:
+    """The virtual tokens that a method has before every text; most have none."""
+    return method.virtual(config) if hasattr(method, "virtual") else NONE
 
 
 def box(value: Any, *axes: str | None) -> Any:
