@@ -21,6 +21,7 @@ from jaxtune import mesh as meshes
 from jaxtune import tree
 from jaxtune.config import get_default
 from jaxtune.data.virtual import Virtual
+from jaxtune.defaults import LEARNING_RATES
 from jaxtune.errors import UserError, did_you_mean
 from jaxtune.hf import hub
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
@@ -69,8 +70,8 @@ def settings_of(name: str) -> list[str]:
     Raises:
       UserError: an unknown method.
     """
-    known = [*METHODS, *partial.LEARNING_RATES]
-    if name not in known:
+    if name not in LEARNING_RATES:
+        known = list(LEARNING_RATES)
         raise UserError(f"`peft.method` is {name!r}. It can be: {', '.join(known)}.{did_you_mean(name, known)}")
     if name == "full":
         return []
@@ -109,8 +110,8 @@ def read_method(section: dict[str, Any]) -> tuple[Any, Any]:
 
 def learning_rate(section: dict[str, Any]) -> float:
     """What the method trains well with, where the config names none."""
-    method, _ = read_method(section)
-    return method.LEARNING_RATE if method else partial.LEARNING_RATES[section["method"]]
+    read_method(section)
+    return LEARNING_RATES[section["method"]]
 
 
 def check_targets(section: dict[str, Any], base: Base) -> None:
@@ -237,7 +238,7 @@ def with_steps(config: Any, total_steps: int) -> Any:
 
 def export_kind(config: Any, merged: bool = False) -> str:
     """adapter | merged | model: the form of what a run leaves, and its directory's name."""
-    if config["peft"]["method"] not in partial.LEARNING_RATES:
+    if config["peft"]["method"] in METHODS:
         return "merged" if merged else "adapter"
     return "adapter" if config["export"]["format"] == "adapter" and not merged else "model"
 

@@ -18,11 +18,11 @@ __all__ = ["ASSETS", "check", "flatten", "get_default", "set_value", "to_json"]
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.quant": (None,),
+    "model.quant": (None, "nf4", "int8"),
     "data.format": ("messages", "prompt_completion", "text"),
     "data.truncation": ("right", "left", "drop"),
     "data.on_bad_row": ("error", "skip"),
-    "optim.name": ("adamw", "adafactor", "lion", "sgd"),
+    "optim.name": ("adamw", "adamw8bit", "adafactor", "lion", "sgd"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.remat": ("full", "none"),
     "checkpoint.resume": ("auto", "never"),

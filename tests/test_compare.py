@@ -6,6 +6,7 @@ import pytest
 import tiny_run
 
 from jaxtune import cli, compare
+from jaxtune.defaults import LEARNING_RATES
 from jaxtune.errors import MissingInputError, UserError
 
 
@@ -83,7 +84,7 @@ def test_one_command_trains_and_compares(tmp_path, capfd, monkeypatch):
     assert "is for another method; its learning rate and `peft` section are not used" in out
     lora, ia3 = json.loads((tmp_path / "runs" / "compare.json").read_text())
     assert (lora["run"], lora["steps"], lora["learning_rate"]) == ("lora", 4, 5e-3)
-    assert ia3["learning_rate"] == compare.METHODS["ia3"].LEARNING_RATE
+    assert ia3["learning_rate"] == LEARNING_RATES["ia3"]
     assert 0 < ia3["trainable_parameters"] < lora["trainable_parameters"] < lora["base_parameters"]
     assert lora["peak_memory_bytes"] > 2**26 and lora["eval_loss_after"] is not None
     # Finished runs are read, not trained again; and not taken for others.

@@ -31,8 +31,6 @@ from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_n
 from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, select, site_key, spellings, take
 
 PEFT_TYPE = "ADALORA"
-# A and B start small (0.02) and E at zero, so that it wants more than LoRA (the paper's own runs: 5e-4 to 3e-3).
-LEARNING_RATE = 2e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **lora.NEUTRAL,

@@ -37,8 +37,6 @@ from jaxtune.peft.method import (
 from jaxtune.peft.oft import cayley, drop_blocks, turn
 
 PEFT_TYPE = "BOFT"
-# As OFT's, whose blocks are 8 times as wide by default and turn by the root of that further.
-LEARNING_RATE = 1e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
 

@@ -32,8 +32,6 @@ from jaxtune.peft.method import (
 )
 
 PEFT_TYPE = "IA3"
-# The paper's own for T-Few.  A vector around 1 needs large steps: at LoRA's 2e-4 it hardly moves in a short run.
-LEARNING_RATE = 3e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
 

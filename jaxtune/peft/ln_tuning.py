@@ -17,8 +17,6 @@ from jaxtune.peft.keys import check_targets
 from jaxtune.peft.method import Fixed, Layout, Site, Start, box, live_mask, select, take, where_live
 
 PEFT_TYPE = "LN_TUNING"
-# Weights around 1 (Gemma adds 1 to its own), which nothing rescales: at LoRA's 2e-4 they hardly move in a short run.
-LEARNING_RATE = 1e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {}
 

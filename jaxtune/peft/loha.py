@@ -22,8 +22,6 @@ from jaxtune.peft.keys import check_choice
 from jaxtune.peft.method import Fixed, Layout, Site, Start, box, site_key, take
 
 PEFT_TYPE = "LOHA"
-# What is added is a product of four factors, of which one starts at zero: its gradient is smaller than LoRA's.
-LEARNING_RATE = 1e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {}
 

@@ -25,8 +25,6 @@ from jaxtune.peft.keys import check_choice, check_count
 from jaxtune.peft.method import Fixed, Layout, Site, Start, box, site_key, take
 
 PEFT_TYPE = "LOKR"
-# As LoHa's: products of several factors, of which one starts at zero.
-LEARNING_RATE = 1e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {}
 

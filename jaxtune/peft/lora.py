@@ -27,7 +27,6 @@ from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_n
 from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, pattern_value, select, site_key, take
 
 PEFT_TYPE = "LORA"
-LEARNING_RATE = 2e-4
 
 # PEFT's other keys, and the values that mean they are not used.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -3,7 +3,6 @@
 A method is one file with these names:
 
   PEFT_TYPE        PEFT's word for it
-  LEARNING_RATE    what it trains well with, where the config names none
   Config           a frozen dataclass of PEFT's own keys; NEUTRAL: PEFT's other keys and the values that mean "not used"
   plan(layout, config)                what gets an adapter, by parameter path; refuses what matches nothing
   init(key, layout, config, start)    {path: adapter}, fresh

@@ -23,8 +23,6 @@ from jaxtune.peft.keys import check_count
 from jaxtune.peft.method import Layout, Start, box, take
 
 PEFT_TYPE = "MULTITASK_PROMPT_TUNING"
-# The paper's, and prompt tuning's: all factors have to grow from 0.02.
-LEARNING_RATE = 0.3
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 OWN_NAMES, PREFIX, OUR_KEYS = (prompt.NAME, COLS, ROWS), prompt.PREFIX, prompt.OUR_KEYS
 NEUTRAL: dict[str, tuple[Any, ...]] = {}

@@ -37,8 +37,6 @@ from jaxtune.peft.method import (
 )
 
 PEFT_TYPE = "OFT"
-# A step of Adam turns a row of x by about 2 sqrt(b) times it, which at the default b of 32 is 0.5 % at 4e-4.
-LEARNING_RATE = 4e-4
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
 

@@ -20,8 +20,6 @@ from jaxtune.peft.keys import check_choice, check_count, check_fraction
 from jaxtune.peft.method import Layout, Start, box
 
 PEFT_TYPE = "P_TUNING"
-# Of the network's weights; what comes out moves faster, the more so the wider the model.
-LEARNING_RATE = 3e-3
 OWN_NAMES, PREFIX, OUR_KEYS = (prompt.NAME,), prompt.PREFIX, prompt.OUR_KEYS
 NEUTRAL: dict[str, tuple[Any, ...]] = {}
 

@@ -18,9 +18,6 @@ from jaxtune.peft.keys import check_targets
 from jaxtune.peft.method import Layout, Site, names_match, require_match
 from jaxtune.peft.saved import Saved
 
-# What the field fine-tunes whole models with; a few modules bear more.
-LEARNING_RATES = {"full": 2e-5, "partial": 1e-4}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -20,9 +20,6 @@ from jaxtune.peft.method import Layout, Start, box, take
 from jaxtune.peft.p_tuning import Affine, affine
 
 PEFT_TYPE = "PREFIX_TUNING"
-# Adam moves each number by about this much a step, and keys and values begin as N(0, 1): at 0.03 the embedded model
-# learns nothing in 60 steps, at 0.1 it does, with a projection too (which likes 0.03 better).
-LEARNING_RATE = 0.1
 OWN_NAMES, PREFIX = (prompt.NAME,), prompt.PREFIX
 NEUTRAL: dict[str, tuple[Any, ...]] = {}
 

@@ -14,8 +14,6 @@ from jaxtune.peft.keys import check_choice
 from jaxtune.peft.method import Layout, Start
 
 PEFT_TYPE = "PROMPT_TUNING"
-# The paper's.  Adam moves each number by about this much a step, and the rows of a scaled table have numbers around 1.
-LEARNING_RATE = 0.3
 OWN_NAMES, PREFIX, OUR_KEYS = (prompt.NAME,), prompt.PREFIX, prompt.OUR_KEYS
 NEUTRAL: dict[str, tuple[Any, ...]] = {}
 

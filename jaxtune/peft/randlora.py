@@ -26,8 +26,6 @@ from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, se
 from jaxtune.peft.vera import check_projections, largest, projection_key, whole_of
 
 PEFT_TYPE = "RANDLORA"
-# The paper's, LoRA's own there; alpha's default makes s = 20.
-LEARNING_RATE = 1e-4
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
 

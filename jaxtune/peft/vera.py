@@ -22,8 +22,6 @@ from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_n
 from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, select, site_key, take
 
 PEFT_TYPE = "VERA"
-# The paper's for instruction tuning: ten times LoRA's there.
-LEARNING_RATE = 4e-3
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
 
