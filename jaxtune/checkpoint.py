@@ -18,11 +18,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,18 +30,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxtune.errors import CannotCreateError, DataError, DivergedError, NoCheckpointError, StorageError, UserError
-from jaxtune.rundir import check_manifest, sync_directory, write_json_atomic, write_manifest
+from jaxtune.errors import DivergedError, NoCheckpointError, UserError
+from jaxtune.identity import check_same
+from jaxtune.kept import RECORD, choose, commit, delete_old, diverged, open_directory, whole_or_not
 from jaxtune.tree import flatten, unflatten
 from jaxtune.typing import Tree
 
-RECORD = "record.json"
-# Version of the layout above.
-FORMAT = 1
-# What a ValueError of Orbax (TensorStore's status in words) says when the disk and not the program is at fault.
-DISK_TROUBLE = re.compile(
-    "RESOURCE_EXHAUSTED|PERMISSION_DENIED|No space left|Disk quota|File too large|Read-only|Input/output error|Stale"
-)
 # Orbax logs pages of traceback for a failure that it raises as well; the user gets one message of ours.
 logging.getLogger("absl").addFilter(lambda r: r.levelno < logging.ERROR or "orbax" not in r.pathname)
 
@@ -92,11 +83,7 @@ class Checkpoints:
         self._say = say
         self._primary = jax.process_index() == 0
         if self._primary:
-            try:
-                shutil.rmtree(self._tmp, ignore_errors=True)
-                self._tmp.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CannotCreateError(f"{directory} cannot be used for checkpoints: {error}.") from error
+            open_directory(self.directory)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[int] | None = None
@@ -131,7 +118,6 @@ class Checkpoints:
             return
         leaves = flatten(state)
         record = {
-            "format": FORMAT,
             "step": step,
             "rows": rows,
             "metrics": metrics or {},
@@ -193,90 +179,29 @@ class Checkpoints:
 
     def _commit(self, step: int, record: dict[str, Any], finite: dict[str, jax.Array]) -> int:
         """In the thread: waits for Orbax, hashes, renames into place, and only then deletes older steps."""
-        work, final = self._tmp / str(step), self.directory / str(step)
         with self._whole_or_not(step):
             self._orbax.wait_until_finished()
             self._check_finite(step, finite)
             if not self._primary:
                 return step
-            write_json_atomic(work / RECORD, record)
-            write_manifest(work)
-            if final.is_file():
-                self._quarantine(final.name)
-            os.rename(work, final)
-            sync_directory(self.directory)
-        self._delete_old()
+            commit(self.directory, self._tmp / str(step), record)
+        delete_old(self.directory, *self._keep, self._say)
         return step
 
     def _check_finite(self, step: int, finite: dict[str, jax.Array]) -> None:
         bad = [path for path, good in finite.items() if not bool(good)]
         if bad:
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise DivergedError(
-                f"The weights are no longer finite at step {step}: {', '.join(bad[:5])}{more}. They were not saved; "
-                f"{self._kept()}\nLower `optim.learning_rate` or set `optim.max_grad_norm`, in a new `--workdir`."
-            )
+            raise DivergedError(diverged(self.directory, step, bad))
 
-    @contextlib.contextmanager
-    def _whole_or_not(self, step: int) -> Iterator[None]:
-        """A save that fails leaves nothing; a full or failing disk is a StorageError."""
-        try:
-            yield
-        except BaseException as error:
-            if self._primary:
-                shutil.rmtree(self._tmp / str(step), ignore_errors=True)
-            # Orbax reports the disk as a ValueError with the status in its text.
-            if not (isinstance(error, OSError) or (isinstance(error, ValueError) and DISK_TROUBLE.search(str(error)))):
-                raise
-            free = shutil.disk_usage(self.directory).free
-            raise StorageError(
-                f"Checkpoint {step} could not be written to {self.directory}, which has {free / 1e6:,.1f} MB free: "
-                f"{str(error).splitlines()[0][:300]}\n{self._kept()} Free some space and run the same command again."
-            ) from error
-
-    def _kept(self) -> str:
-        kept = steps(self.directory)
-        return f"Checkpoints kept: {', '.join(map(str, kept))}." if kept else "No earlier checkpoint exists."
-
-    def _delete_old(self) -> None:
-        losses: dict[int, float | None] = dict.fromkeys(steps(self.directory))
-        if self._keep[1]:
-            losses = {step: eval_loss_of(self.directory / str(step)) for step in losses}
-        for step in expendable(losses, *self._keep):
-            # Renamed first: a kill while files are being deleted must not leave half a step in sight.
-            try:
-                os.rename(self.directory / str(step), self._tmp / f"old-{step}")
-                shutil.rmtree(self._tmp / f"old-{step}")
-            except OSError as error:
-                self._say(f"WARNING: the old checkpoint {self.directory / str(step)} could not be deleted: {error}.")
-
-    def _choose(self) -> int | None:
-        damaged = []
-        chosen = None
-        for step in reversed(steps(self.directory)):
-            reason = verify(self.directory / str(step))
-            if reason is None:
-                chosen = step
-                break
-            damaged.append((step, reason))
-        if damaged and chosen is None:
-            # Left in place: if they were moved, the same command would start from scratch the next time.
-            listed = "\n".join(f"  {step}: {reason}" for step, reason in damaged)
-            raise NoCheckpointError(
-                f"None of the checkpoints in {self.directory} can be used:\n{listed}\n"
-                f"Nothing was deleted. Bring back an intact copy, or start anew in another `--workdir`."
-            )
-        for step, reason in damaged:
-            to = self._quarantine(str(step))
-            self._say(f"WARNING: checkpoint {step} is damaged: {reason}. Moved to {to}; going on from step {chosen}.")
-        return chosen
+    def _whole_or_not(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return whole_or_not(self.directory, step, self._tmp / str(step) if self._primary else None)
 
     def _choose_together(self) -> int | None:
         """One process looks and moves, all hear of its choice: -1 none, -2 nothing usable."""
         choice, error = -1, None
         if self._primary:
             try:
-                step = self._choose()
+                step = choose(self.directory, self._say)
                 choice = -1 if step is None else step
             except NoCheckpointError as nothing:
                 choice, error = -2, nothing
@@ -284,56 +209,6 @@ class Checkpoints:
         if choice == -2:
             raise error or NoCheckpointError(f"None of the checkpoints in {self.directory} can be used.")
         return None if choice == -1 else choice
-
-    def _quarantine(self, name: str) -> Path:
-        folder = self.directory / "quarantine"
-        folder.mkdir(exist_ok=True)
-        taken = len([p for p in folder.iterdir() if p.name.split(".")[0] == name])
-        to = folder / (f"{name}.{taken}" if taken else name)
-        os.rename(self.directory / name, to)
-        return to
-
-
-def steps(directory: Path) -> list[int]:
-    """The steps that lie in a checkpoint directory, ascending, verified or not; empty directories are none."""
-    if not directory.is_dir():
-        return []
-    names = [p.name for p in directory.iterdir() if p.is_dir() and any(p.iterdir())]
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-
-
-def expendable(losses: dict[int, float | None], keep_last_n: int, keep_best_n: int) -> list[int]:
-    """Of {step: evaluation loss or None}, the steps that are neither among the newest nor among the best."""
-    newest = sorted(losses)[-keep_last_n:]
-    scored = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-    best = [-step for _, step in sorted(scored)[:keep_best_n]]
-    return [step for step in sorted(losses) if step not in newest and step not in best]
-
-
-def verify(step: Path) -> str | None:
-    """None if every byte of a step is as it was saved, else what is wrong, naming the file."""
-    try:
-        damage = check_manifest(step)
-        if damage:
-            return damage
-        record = json.loads((step / RECORD).read_bytes())
-    except (OSError, ValueError) as error:
-        return str(error)
-    missing = [key for key in ("format", "step", "rows", "metrics", "identity", "leaves") if key not in record]
-    if missing:
-        return f"{RECORD} has no {', '.join(missing)}"
-    if record["format"] != FORMAT:
-        return f"{RECORD} has format {record['format']}; this jaxtune reads format {FORMAT}"
-    if record["step"] != int(step.name):
-        return f"{RECORD} is of step {record['step']}"
-    return None
-
-
-def eval_loss_of(step: Path) -> float | None:
-    try:
-        return json.loads((step / RECORD).read_bytes())["metrics"].get("eval_loss")
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 @jax.jit
@@ -344,21 +219,3 @@ def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def spec_of(leaves: dict[str, Any]) -> dict[str, str]:
     """{'trainable/layers/attn/q/kernel/a': 'float32[2,64,8]', ...}."""
     return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in leaves.items()}
-
-
-def check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
-    keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if not keys:
-        return
-    rows = [("", "was", "is"), *((key, was.get(key, "absent"), now.get(key, "absent")) for key in keys[:10])]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if len(keys) > 10:
-        lines.append(f"… and {len(keys) - 10} more")
-    table = "\n  ".join(lines)
-    # Where the config counts epochs, the number of steps follows from the rows.
-    data = "rows" in keys and set(keys) <= {"rows", "train.steps"}
-    raise (DataError if data else UserError)(
-        f"{what} was saved by a run with other {'data' if data else 'settings'}:\n  {table}\n"
-        f"Set these back to go on with that run, or give a new `--workdir` to start another."
-    )

@@ -1,30 +1,18 @@
 """Scores of a model on rows held back: the loss, and answers by generation."""
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from jaxtune.answers import exact_match, has_answers, mean_loss, read_answers, write_answers
 from jaxtune.data.examples import Prompt
 from jaxtune.generate import generate
-from jaxtune.rundir import write_atomic
 from jaxtune.tokenizer import Tokenizer
 from jaxtune.typing import Tree
 
+__all__ = ["answer", "exact_match", "has_answers", "mean_loss", "read_answers", "write_answers"]
+
 # Prompts generated side by side.
 BATCH = 32
-
-
-def mean_loss(score: Callable[[Any], tuple[Any, Any]], batches: Iterable[Any]) -> float:
-    """Loss per target token over all batches; `score` gives (summed loss, target tokens) of one.
-
-    Sums stay on the device until all batches are under way.
-    """
-    sums = np.array([(float(loss), float(tokens)) for loss, tokens in [score(batch) for batch in batches]])
-    loss, tokens = sums.sum(axis=0)
-    return float(loss / max(tokens, 1.0))
 
 
 def answer(
@@ -36,31 +24,3 @@ def answer(
     stop = tokenizer.stop_ids
     out = generate(model, variables, ids, max_new_tokens=max_new_tokens, stop_ids=stop, batch_size=size)
     return [tokenizer.decode(tokens).strip() for tokens in out]
-
-
-def exact_match(rows: Sequence[dict[str, Any]], when: str) -> float:
-    """Share of rows whose answer `before` or `after` equals the reference, surrounding white space aside."""
-    return sum(row[f"match_{when}"] for row in rows) / max(len(rows), 1)
-
-
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """The rows of a samples.jsonl; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def has_answers(path: Path, prompts: Sequence[Prompt]) -> bool:
-    """Whether a samples.jsonl has answers from before training to just these questions."""
-    rows = read_answers(path)
-    return [row["prompt"] for row in rows] == [p.question for p in prompts] and all("before" in row for row in rows)
-
-
-def write_answers(path: Path, prompts: Sequence[Prompt], **answers: Sequence[str]) -> list[dict[str, Any]]:
-    """samples.jsonl: prompt, reference, and for each of `before`, `after` the answer and whether it matches."""
-    rows = []
-    for i, prompt in enumerate(prompts):
-        row: dict[str, Any] = {"prompt": prompt.question, "reference": prompt.reference}
-        for when, texts in answers.items():
-            row |= {when: texts[i], f"match_{when}": texts[i].strip() == prompt.reference.strip()}
-        rows.append(row)
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return rows

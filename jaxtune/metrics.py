@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import tensorboard as events
-from jaxtune.errors import StorageError
+from jaxtune.console import Progress
+from jaxtune.errors import DivergedError, StorageError
 from jaxtune.rundir import Appender, write_atomic
 
 
@@ -95,3 +96,47 @@ def lines_until(data: bytes, step: int) -> bytes:
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
     return b"".join(kept)
+
+
+class StepLog:
+    """Takes each step's metrics while they are still being computed; logs them when the next step has been started."""
+
+    def __init__(self, log: MetricsLog, progress: Progress):
+        self._log, self._progress = log, progress
+        self._waiting: tuple[int, Mapping[str, int], Mapping[str, Any]] | None = None
+        self._clock = time.monotonic()
+
+    def add(self, step: int, metrics: Mapping[str, Any], **counts: int) -> None:
+        """metrics: device scalars of step `step`.  counts: numbers known on the host (`tokens`, `rows`)."""
+        self.flush()
+        self._waiting = (step, counts, metrics)
+
+    def flush(self) -> None:
+        """Logs the step that waits, when its numbers are there.
+
+        Raises:
+          DivergedError: its loss is not finite.
+        """
+        if self._waiting is None:
+            return
+        (step, counts, metrics), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self._log.write(step, {**values, **counts, "seconds": seconds})
+        if not math.isfinite(values["loss"]):
+            raise DivergedError(
+                f"The loss of step {step} is {values['loss']}. Earlier checkpoints are intact. "
+                "Lower `optim.learning_rate`, or set `optim.max_grad_norm`."
+            )
+        rate, tokens = values["learning_rate"], counts["tokens"]
+        self._progress.step(step, loss=values["loss"], learning_rate=rate, tokens=tokens, seconds=seconds)
+
+    def evaluation(self, step: int, eval_loss: float) -> None:
+        """Logs an evaluation; its time is not the next step's."""
+        self._log.write(step, {"eval_loss": eval_loss})
+        self._progress.evaluation(step, eval_loss)
+
+    def restart_clock(self) -> None:
+        """What happened since the last step (an evaluation, a save) is not part of the next one."""
+        self._clock = time.monotonic()

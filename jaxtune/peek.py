@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxtune.checkpoint import RECORD, check_same, eval_loss_of, spec_of, steps, verify
+from jaxtune.checkpoint import spec_of
 from jaxtune.errors import MissingInputError, NoCheckpointError, UserError
+from jaxtune.identity import check_same
+from jaxtune.kept import RECORD, eval_loss_of, steps, verify
 
 
 def pick(directory: Path, which: str, say: Callable[[str], None]) -> Path:

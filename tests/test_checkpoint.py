@@ -24,7 +24,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtune import checkpoint, rundir
+from jaxtune import kept, rundir
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import CannotCreateError, DivergedError, NoCheckpointError, StorageError, UserError
 
@@ -102,13 +102,13 @@ def victim(directory, point):
             # Twice a save: by Orbax before it starts, by us while it writes.
             kill_at_call(checkpoints._orbax, "wait_until_finished", 6)
         if point == "record":
-            kill_at_call(checkpoint, "write_json_atomic", 3)
+            kill_at_call(kept, "write_json_atomic", 3)
         if point == "manifest":
-            kill_at_call(checkpoint, "write_manifest", 3)
+            kill_at_call(kept, "write_manifest", 3)
         if point == "commit":
-            kill_at_call(checkpoint, "sync_directory", 3)
+            kill_at_call(kept, "sync_directory", 3)
         if point == "delete":
-            checkpoint.shutil.rmtree = half_delete
+            kept.shutil.rmtree = half_delete
         for step in itertools.count(1):
             checkpoints.save(step, make_state(step), rows=8 * step)
             with open(f"{directory}.saved", "a") as file:
@@ -154,7 +154,7 @@ def restored_step(directory):
         assert list((directory / "tmp").iterdir()) == []
         restored = checkpoints.restore(abstract(make_state(0, devices=8)))
     # Every step in sight is whole, and a kill is not taken for damage.
-    assert all(checkpoint.verify(directory / str(step)) is None for step in checkpoint.steps(directory))
+    assert all(kept.verify(directory / str(step)) is None for step in kept.steps(directory))
     assert lines == [] and not (directory / "quarantine").exists()
     if restored is None:
         return 0
@@ -199,7 +199,7 @@ def test_nothing_saved_is_none(tmp_path):
         checkpoints.save(12, make_state(12), rows=1)
         checkpoints.wait()
         assert checkpoints.restore(abstract(make_state(0))).step == 12
-    assert checkpoint.steps(tmp_path) == [7, 12]
+    assert kept.steps(tmp_path) == [7, 12]
 
 
 def test_the_saved_state_may_be_donated(tmp_path):
@@ -243,12 +243,12 @@ def test_every_damage_to_every_file_is_detected(tmp_path):
     names = [p.relative_to(tmp_path / "whole/3") for p in files_of(tmp_path / "whole/3")]
     # Orbax's metadata, arrays and indices, our record and manifest: none is left out.
     assert {"record.json", "manifest.sha256", "_METADATA", "manifest.ocdbt"} <= {n.name for n in names}
-    assert checkpoint.verify(tmp_path / "whole/3") is None
+    assert kept.verify(tmp_path / "whole/3") is None
     for name, (kind, damage) in itertools.product(names, DAMAGE.items()):
         copy = tmp_path / "copy" / "3"
         shutil.copytree(tmp_path / "whole/3", copy)
         damage(copy / name)
-        reason = checkpoint.verify(copy)
+        reason = kept.verify(copy)
         assert reason, (name, kind)
         assert name.name in reason or name.name == "manifest.sha256", (name, kind, reason)
         shutil.rmtree(copy)
@@ -257,11 +257,11 @@ def test_every_damage_to_every_file_is_detected(tmp_path):
 def test_swapped_and_renamed_steps_are_detected(tmp_path):
     save_steps(tmp_path, 3, 4)
     os.rename(tmp_path / "3", tmp_path / "5")
-    assert checkpoint.verify(tmp_path / "5") == "record.json is of step 3"
+    assert kept.verify(tmp_path / "5") == "record.json is of step 3"
     shutil.copy(tmp_path / "4/record.json", tmp_path / "5/record.json")
-    assert "record.json is not the file that was saved" in checkpoint.verify(tmp_path / "5")
+    assert "record.json is not the file that was saved" in kept.verify(tmp_path / "5")
     (tmp_path / "4/.DS_Store").write_text("a file manager was here")
-    assert checkpoint.verify(tmp_path / "4") is None
+    assert kept.verify(tmp_path / "4") is None
 
 
 def test_coreutils_agree_with_the_manifest(tmp_path):
@@ -280,7 +280,7 @@ def test_a_damaged_newest_step_is_set_aside_and_the_one_before_used(tmp_path):
             restored = checkpoints.restore(abstract(make_state(0)))
         assert_same(restored.state, make_state(1))
         assert len(lines) == 1 and data.name in lines[0] and "SHA-256" in lines[0] and "from step 1" in lines[0]
-        assert checkpoint.steps(tmp_path) == [1]
+        assert kept.steps(tmp_path) == [1]
         shutil.rmtree(tmp_path / "1")
         moved = tmp_path / "quarantine" / ("2" if round_ == 0 else "2.1")
         assert len(files_of(moved)) > 5
@@ -310,8 +310,8 @@ def test_a_record_of_another_format_or_without_a_cursor_is_not_used(tmp_path):
     save_steps(tmp_path, 1, 2)
     rewrite_record(tmp_path / "1", rows=None)
     rewrite_record(tmp_path / "2", format=2)
-    assert checkpoint.verify(tmp_path / "1") == "record.json has no rows"
-    assert "format 2" in checkpoint.verify(tmp_path / "2")
+    assert kept.verify(tmp_path / "1") == "record.json has no rows"
+    assert "format 2" in kept.verify(tmp_path / "2")
 
 
 def test_another_run_s_checkpoint_is_refused_with_what_changed(tmp_path):
@@ -360,10 +360,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             metrics = None if loss is None else {"eval_loss": loss}
             checkpoints.save(step, make_state(step), rows=step, metrics=metrics)
             # The step before is committed now, and what it made expendable is gone.
-            assert len(checkpoint.steps(tmp_path)) <= 5
-    assert checkpoint.steps(tmp_path) == [2, 5, 6, 7]
-    assert checkpoint.expendable({1: None, 2: None, 3: None}, 1, 0) == [1, 2]
-    assert checkpoint.expendable({1: 0.5, 2: 0.5, 3: 0.9}, 1, 1) == [1]
+            assert len(kept.steps(tmp_path)) <= 5
+    assert kept.steps(tmp_path) == [2, 5, 6, 7]
+    assert kept.expendable({1: None, 2: None, 3: None}, 1, 0) == [1, 2]
+    assert kept.expendable({1: 0.5, 2: 0.5, 3: 0.9}, 1, 1) == [1]
 
 
 def test_a_step_is_saved_once(tmp_path):
@@ -374,7 +374,7 @@ def test_a_step_is_saved_once(tmp_path):
         checkpoints.save(1, make_state(1), rows=8)
         checkpoints.save(2, make_state(2), rows=16)
         checkpoints.save(2, make_state(2), rows=16)
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert kept.steps(tmp_path) == [1, 2]
     assert (tmp_path / "1/record.json").stat().st_mtime_ns == written
 
 
@@ -388,7 +388,7 @@ def test_values_that_are_not_finite_are_never_saved(tmp_path, value):
         checkpoints.save(2, state, rows=2)
         with pytest.raises(DivergedError, match=r"attn\.q/b(?s:.)*Checkpoints kept: 1\."):
             checkpoints.wait()
-    assert checkpoint.steps(tmp_path) == [1]
+    assert kept.steps(tmp_path) == [1]
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -410,7 +410,7 @@ def test_a_full_disk_surfaces_at_the_next_save_and_harms_nothing(tmp_path, caplo
         assert "Checkpoint 2" in str(caught.value) and "Checkpoints kept: 1." in str(caught.value)
         assert [record for record in caplog.records if record.exc_info] == []
         assert list((tmp_path / "tmp").iterdir()) == []
-        assert checkpoint.steps(tmp_path) == [1]
+        assert kept.steps(tmp_path) == [1]
         # The disk is free again.
         checkpoints.save(3, make_state(3), rows=24)
     with opened(tmp_path) as checkpoints:
@@ -421,19 +421,19 @@ def test_a_bug_keeps_its_own_exception(tmp_path, monkeypatch):
     def broken(directory):
         raise ValueError("a bug of ours")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", broken)
+    monkeypatch.setattr(kept, "write_manifest", broken)
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), rows=8)
         with pytest.raises(ValueError, match="a bug of ours"):
             checkpoints.wait()
-    assert checkpoint.steps(tmp_path) == []
+    assert kept.steps(tmp_path) == []
 
 
 def test_the_error_that_ends_a_run_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(kept, "write_manifest", full)
     lines = []
     with pytest.raises(KeyError), opened(tmp_path, say=lines.append) as checkpoints:
         checkpoints.save(1, make_state(1), rows=8)
