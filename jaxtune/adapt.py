@@ -23,16 +23,13 @@ from jaxtune.config import get_default
 from jaxtune.data.virtual import Virtual
 from jaxtune.defaults import LEARNING_RATES
 from jaxtune.errors import UserError, did_you_mean
-from jaxtune.hf import hub
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
-from jaxtune.hf.base import Base, load_base
-from jaxtune.hf.card import Run, card
-from jaxtune.hf.merge import save_merged
-from jaxtune.hf.weights import save_params
-from jaxtune.peft import METHODS, lora, partial, saved
+from jaxtune.hf.base import Base, load_base, lost_by_rounding
+from jaxtune.hf.handover import differences, others
+from jaxtune.peft import METHODS, partial, saved
 from jaxtune.peft.keys import read_config
-from jaxtune.peft.method import NO_TARGETS, Start, is_trainable, to_variables, virtual_of
-from jaxtune.probe import logits_of, write_adapter
+from jaxtune.peft.method import Start, is_trainable, to_variables, virtual_of
+from jaxtune.quant import Quantised
 from jaxtune.typing import Tree
 
 OWN = ("method", "init_from")  # keys of the section that are not a method's
@@ -151,6 +148,28 @@ def load_first(section: dict[str, Any], base: Base) -> PeftAdapter:
     return peft._replace(method=METHODS[name], config=config or peft.config)
 
 
+def handed_over(section: dict[str, Any], base: Base) -> list[str]:
+    """In what the adapter that training starts from was made for something else than this config: a line each."""
+    if not section["init_from"]:
+        return []
+    peft = load_first(section, base)
+    lines = differences(peft.trained_over, base.as_trained_over())
+    method, asked = read_method(section)
+    if method is None or method is not peft.method:
+        return lines
+    names = [
+        {module.rsplit(".", 1)[-1] for path in method.plan(base.layout, c) for module in modules_at(base, path)}
+        for c in (peft.config, asked if section["target_modules"] is not None else peft.config)
+    ]
+    given = {key: getattr(asked, key) for key in settings_of(section["method"]) if section[key] is not None}
+    return lines + others(peft.config, given, *names)
+
+
+def modules_at(base: Base, path: str) -> tuple[str, ...]:
+    """PEFT's modules of a parameter; none of a prompt's."""
+    return next((site.modules for site in base.sites if site.path == path), ())
+
+
 def virtual_tokens(section: dict[str, Any], base: Base) -> Virtual:
     """What the data puts before each row."""
     method, config = read_method(section)
@@ -161,18 +180,29 @@ def virtual_tokens(section: dict[str, Any], base: Base) -> Virtual:
 
 
 def fresh_adapters(
-    method: Any, config: Any, base: Base, mesh: Mesh, params: Tree, seed: int, encode: Callable[[str], Sequence[int]]
+    method: Any,
+    config: Any,
+    base: Base,
+    mesh: Mesh,
+    params: Tree,
+    *,
+    dtype: Any,
+    seed: int,
+    encode: Callable[[str], Sequence[int]],
 ) -> dict[str, Tree]:
     """The method's initial adapters, each made where its weight's axes say, never whole on one device."""
+    wanted = method.lost(base.layout, config) if hasattr(method, "lost") else {}
+    flat = tree.flatten(params, is_leaf=lambda x: isinstance(x, Quantised))
+    lost = lost_by_rounding(base, mesh, flat, wanted, dtype)
 
-    def init(key: jax.Array, flat: dict[str, jax.Array]) -> dict[str, Tree]:
-        start = Start(flat, encode)
+    def init(key: jax.Array, flat: dict[str, jax.Array], lost: Tree) -> dict[str, Tree]:
+        start = Start(flat, encode, lost)
         whole = saved.init(saved.choose(base.sites, config.modules_to_save), start)
         return to_variables(method.init(key, base.layout, config, start) | whole)
 
-    key, flat = jax.random.key(seed), tree.flatten(params)
-    where = meshes.shardings(mesh, jax.eval_shape(init, key, flat))
-    return jax.jit(lambda key, flat: nn.unbox(init(key, flat)), out_shardings=where)(key, flat)
+    key = jax.random.key(seed)
+    where = meshes.shardings(mesh, jax.eval_shape(init, key, flat, lost))
+    return jax.jit(lambda *given: nn.unbox(init(*given)), out_shardings=where)(key, flat, lost)
 
 
 def adapt(
@@ -197,7 +227,7 @@ def adapt(
     method, config = read_method(section)
     layers = partial.plan(base.layout, config) if method is None else {}
     # What trains is float32, whatever the activations are: small updates would be lost in bfloat16.
-    params = load_base(base, mesh, lambda path: jnp.float32 if path in layers else jnp.dtype(dtype))
+    params = load_base(base, mesh, lambda path: jnp.float32 if path in layers else jnp.dtype(dtype), layers)
     variables, peft = {"params": params}, None
     if section["init_from"]:
         peft = load_first(section, base)
@@ -206,7 +236,9 @@ def adapt(
     elif method is not None:
         config = with_steps(config, total_steps)
         peft = PeftAdapter(method, config, {}, None)
-        variables |= fresh_adapters(method, config, base, mesh, params, seed, encode)
+        variables |= fresh_adapters(
+            method, config, base, mesh, params, dtype=jnp.dtype(dtype), seed=seed, encode=encode
+        )
     leaves = tree.flatten(variables)
 
     def trains(path: str) -> bool:
@@ -234,86 +266,3 @@ def with_steps(config: Any, total_steps: int) -> Any:
         return dataclasses.replace(config, total_step=total_steps)
     except ValueError as error:
         raise UserError(f"`config.peft`: {error}") from None
-
-
-def export_kind(config: Any, merged: bool = False) -> str:
-    """adapter | merged | model: the form of what a run leaves, and its directory's name."""
-    if config["peft"]["method"] in METHODS:
-        return "merged" if merged else "adapter"
-    return "adapter" if config["export"]["format"] == "adapter" and not merged else "model"
-
-
-def check_push(config: Any, merged: bool = False) -> None:
-    """Refuses, before anything is done for it, what could not be pushed in the end.
-
-    Raises:
-      UserError: as `hub.check`.
-    """
-    section = config["export"]
-    if section["push_to_hub"]:
-        name = section["base_model_name_or_path"] or config["model"]["id"]
-        hub.check(section["push_to_hub"], name if export_kind(config, merged) == "adapter" else None)
-
-
-def export(
-    workdir: Path,
-    base: Base,
-    mesh: Mesh,
-    adapted: Adapted,
-    trainable: dict[str, jax.Array],
-    run: Run,
-    say: Callable[[str], None],
-    *,
-    out: Path | None = None,
-    dtype: Any = None,
-    shard_bytes: int = 4 * 10**9,
-    merged: bool = False,
-) -> Path:
-    """Writes what was trained: an adapter (a PEFT directory), or a Hugging Face checkpoint, as `export.format` says.
-
-    Args:
-      out: None: `adapter`, `model` or `merged` in the run directory.  dtype: of a checkpoint; None: the model's.
-      merged: a checkpoint with the adapter folded in.
-
-    Raises:
-      UserError, ExportError: as `write_adapter` and `save_merged`.
-    """
-    config: Any = run.config
-    variables, peft, section = adapted.variables(trainable), adapted.peft, config["export"]
-    kind = export_kind(config, merged)
-    where = out or workdir / kind
-    name, method = section["base_model_name_or_path"] or config["model"]["id"], config["peft"]["method"]
-    readme = card(kind, name, method, run, section["push_to_hub"])
-    dtype = dtype or base.model.dtype
-    if kind == "model":
-        how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme}
-        save_params(where, base.rows, variables["params"], base.directory, **how)
-        return where
-    if kind == "merged":
-        how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme, "peft_type": method}
-        found = save_merged(where, base, variables, logits=logits_of(base, mesh, variables, peft), **how)
-        say(f"merged in {jnp.dtype(dtype)}: logits are the adapter's but for {found:.0e} of the largest")
-        return where
-    if peft is None:
-        whole = partial.as_adapters(base.layout, adapted.layers, tree.flatten(variables["params"]))
-        names = partial.saved_names(base.layout, whole)
-        peft = PeftAdapter(lora, lora.Config(target_modules=NO_TARGETS, modules_to_save=names), {}, None)
-        variables |= to_variables(whole)
-    changes = adapted.peft is not None  # otherwise the base is no longer what it was
-    write_adapter(where, base, mesh, variables, peft, name, readme=readme, say=say, changes=changes)
-    return where
-
-
-def how_to_load(where: Path, base: Base) -> str:
-    """What to type to use the result in transformers and peft."""
-    dtype = str(jnp.dtype(base.model.dtype))
-    if not (where / "adapter_config.json").exists():
-        return (
-            f"The model is in {where}. To load it:\n"
-            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype='auto')"
-        )
-    return (
-        f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r}, dtype={dtype!r})\n"
-        f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
-    )

@@ -117,6 +117,8 @@ def set_value(config: Any, path: str, value: Any) -> None:
         )
     section, key = path.split(".", 1)
     kind = type(known[path]) if known[path] is not None else config[section].get_type(key)
+    if value is None and "none" in CHOICES.get(path, ()):
+        value = "none"  # a word here, and no absence
     try:
         # To Python, True is a number.
         if isinstance(value, bool) and kind in (int, float):

@@ -18,17 +18,19 @@ from typing import Any
 
 import jax
 
-from jaxtune import adapt, cli, config
+from jaxtune import adapt, cli, config, results
 from jaxtune import mesh as meshes
 from jaxtune.errors import MissingInputError, UserError
-from jaxtune.hf import hub
+from jaxtune.hf import handover, hub
 from jaxtune.hf.base import Base, open_base
 from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import check_replaceable, read_json
+from jaxtune.hf.merge import SAY_ONTO, originals
 from jaxtune.hf.weights import size_of, stored_dtype
 from jaxtune.lm import check_dtype, encode_prompt, load
 from jaxtune.peek import pick, read_record, read_trainable
 from jaxtune.probe import write_adapter
+from jaxtune.quant import scheme_of
 from jaxtune.tokenizer import load_tokenizer
 
 
@@ -80,6 +82,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--checkpoint", default="newest", help="of a run: newest, best (by evaluation loss) or a step; default: newest")
     add("--base", help="the base model, a directory or Hub id; default: the run's model.id")
     add("--base_model_name_or_path", help="what the export calls its base; default: the run's, or the adapter's")
+    add(
+        "--onto", help="with --merged over a quantised base: dequantised (what was trained) or original (before it was)"
+    )
     add("--dtype", help="of a checkpoint: float32, bfloat16, float16; default: the base's")
     add("--max_shard_size", help="of a checkpoint's files; default: 4GB")
     add("--push_to_hub", metavar="ID", help="send it to this repository, in one commit; HF_TOKEN or `hf auth login`")
@@ -102,12 +107,16 @@ def export_run(workdir: Path, arguments: argparse.Namespace) -> Path:
     c.export.push_to_hub = arguments.push_to_hub
     config.check(c)
     plain = config.to_json(c)
-    adapt.check_push(plain, arguments.merged)
-    kind = adapt.export_kind(plain, arguments.merged)
+    results.check_push(plain, arguments.merged)
+    kind = results.export_kind(plain, arguments.merged)
     refuse_flags(kind, arguments)
     step = pick(workdir / "checkpoints", arguments.checkpoint, print)
     record = read_record(step)
-    base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype)
+    quant = scheme_of(c.model.quant, c.model.double_quant, c.model.quant_embedding)
+    base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, quant=quant)
+    results.check_quantised(plain, base, arguments.merged)
+    if kind == "merged":
+        originals(base, arguments.onto)
     usual = kind if arguments.checkpoint == "newest" else f"{kind}-{arguments.checkpoint}"
     out = Path(arguments.out).expanduser() if arguments.out else workdir / usual
     check_replaceable(out, base.directory)
@@ -125,8 +134,9 @@ def export_run(workdir: Path, arguments: argparse.Namespace) -> Path:
         adapted = adapt.adapt(plain["peft"], base, mesh, **how)
         trainable = read_trainable(step, adapted.trainable)
         more = {"dtype": arguments.dtype, "shard_bytes": size_of(arguments.max_shard_size or "4GB")}
+        more["onto"] = arguments.onto
         run = Run(plain, scores_of(workdir, record))
-        adapt.export(workdir, base, mesh, adapted, trainable, run, print, out=out, merged=arguments.merged, **more)
+        results.export(workdir, base, mesh, adapted, trainable, run, print, out=out, merged=arguments.merged, **more)
     return said(out, base)
 
 
@@ -149,13 +159,18 @@ def export_adapter(source: Path, arguments: argparse.Namespace) -> Path:
     base = open_base(arguments.base)
     check_replaceable(out, base.directory, source)
     dtype = stored_dtype(base.directory)
-    lm = load(arguments.base, adapter=source, dtype=dtype, mesh=meshes.make_mesh(1, -1, 1))
+    over = handover.read_ours(source).get("base") or {}
+    if arguments.merged and over.get("quant") and arguments.onto is None:
+        raise UserError(f"{source} was trained over a base that was {handover.how(over)}. {SAY_ONTO}")
+    quant: dict[str, Any] = {key: over[key] for key in ("quant", "double_quant", "quant_embedding") if over}
+    how: dict[str, Any] = {"dtype": dtype, "mesh": meshes.make_mesh(1, -1, 1)}
+    lm = load(arguments.base, adapter=source, **how, **(quant if arguments.onto == "dequantised" else {}))
     if lm.peft is None:
         raise AssertionError("an adapter was loaded")
     name = arguments.base_model_name_or_path or named or arguments.base
     lm.peft = lm.peft._replace(base=name)
     if arguments.merged:
-        lm.save_merged(out, arguments.dtype or dtype, arguments.max_shard_size or "4GB")
+        lm.save_merged(out, arguments.dtype or dtype, arguments.max_shard_size or "4GB", arguments.onto)
     else:
         readme = card("adapter", name, lm.peft.method.PEFT_TYPE.lower(), repo_id=arguments.push_to_hub)
         write_adapter(out, lm.base, lm.mesh, lm.variables, lm.peft, name, readme=readme, say=print)
@@ -168,7 +183,7 @@ def refuse_flags(kind: str, arguments: argparse.Namespace) -> None:
     Raises:
       UserError: naming the flag.
     """
-    for flag in ("dtype", "max_shard_size"):
+    for flag in ("dtype", "max_shard_size", "onto"):
         if kind == "adapter" and getattr(arguments, flag):
             raise UserError(f"--{flag} is for checkpoints; an adapter is one float32 file. Did you mean --merged?")
 
@@ -182,7 +197,7 @@ def scores_of(workdir: Path, record: dict[str, Any]) -> dict[str, float]:
 
 
 def said(where: Path, base: Base) -> Path:
-    print(adapt.how_to_load(where, base))
+    print(results.how_to_load(where, base))
     return where
 
 

@@ -16,21 +16,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtune.mesh import spec
+from jaxtune.quant.box import Quantised
 from jaxtune.typing import Tree
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "N I"], w: Float[Array, "I O"]) -> Float[Array, "N O"]:
+def matmul(x: Float[Array, "N I"], w: Any) -> Float[Array, "N O"]:
     """x @ w at the speed of x's dtype, accumulated in float32; the result is float32, w's gradient has w's dtype.
 
-    The cotangent is rounded to x's dtype before the two products of the backward pass: left to itself, JAX would
-    multiply a float32 cotangent with a bfloat16 weight, which runs at float32 speed.
+    Args:
+      w: [I, O], or the box of a quantised one.
     """
+    return w.matmul(x) if isinstance(w, Quantised) else _matmul(x, w)
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+    """The cotangent is rounded to x's dtype before the two products of the backward pass: left to itself, JAX would
+    multiply a float32 cotangent with a bfloat16 weight, which runs at float32 speed."""
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _matmul_forward(x, w):
-    return matmul(x, w), (x, w)
+    return _matmul(x, w), (x, w)
 
 
 def _matmul_backward(residuals, g):
@@ -41,18 +48,26 @@ def _matmul_backward(residuals, g):
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def take_rows(table: Any, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """Rows of a table [V, D], or of the box of a quantised one."""
+    return table.rows(tokens) if isinstance(table, Quantised) else jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def weight_of(module: nn.Module, name: str, init: Callable, axes: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+    """A float32 parameter with logical axes where it is made; afterwards what stands there: an array of any dtype, or
+    the box of a quantised one, whose arrays have shapes that Linen's own check would refuse."""
+    if isinstance(there := module.get_variable("params", name), Quantised):
+        return there
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
 def adapter_of(module: nn.Module, name: str) -> Any:
     """The adapter of `module`'s parameter `name`, or None; with what all layers share, which is not stacked."""
     adapter, shared = module.get_variable("adapters", name), module.get_variable("shared", name)
     return adapter if shared is None else adapter.replace(shared=shared)
-
-
-def boxed(init: Callable, axes: tuple[str, ...]) -> Callable:
-    """An initialiser whose value carries its logical axes."""
-    return nn.with_logical_partitioning(init, axes)
 
 
 class Linear(nn.Module):
@@ -65,7 +80,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         shape = (x.shape[-1], self.features)
-        w = self.param("kernel", boxed(nn.initializers.normal(0.02), self.axes), shape, jnp.float32)
+        w = weight_of(self, "kernel", nn.initializers.normal(0.02), self.axes, shape)
         rows = x.reshape(-1, shape[0])
         y = matmul(rows, w)
         adapter = adapter_of(self, "kernel")
@@ -82,7 +97,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = self.param("scale", boxed(nn.initializers.zeros, self.axes), x.shape[-1:], jnp.float32)
+        scale = weight_of(self, "scale", nn.initializers.zeros, self.axes, x.shape[-1:])
         adapter = adapter_of(self, "scale")
         if adapter is not None:
             scale = adapter.weight(scale)
@@ -92,9 +107,8 @@ class RMSNorm(nn.Module):
         return (x32 * gain).astype(x.dtype)
 
 
-def _table(module: nn.Module, vocab: int, features: int) -> Float[Array, "V D"]:
-    init = boxed(nn.initializers.normal(0.02), ("vocab", "embed"))
-    return module.param("table", init, (vocab, features), jnp.float32)
+def _table(module: nn.Module, vocab: int, features: int) -> Any:
+    return weight_of(module, "table", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab, features))
 
 
 class Embedding(nn.Module):
@@ -109,12 +123,12 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """Rows of the table, times sqrt(D) rounded to the activations' dtype as transformers does."""
         adapter = adapter_of(self, "table")
-        rows = jnp.take(self.base, tokens, axis=0, mode="clip") if adapter is None else adapter.embed(self.base, tokens)
+        rows = take_rows(self.base, tokens) if adapter is None else adapter.embed(self.base, tokens)
         return rows.astype(dtype) * jnp.asarray(self.features**0.5, dtype)
 
-    def tied(self) -> Float[Array, "V D"]:
-        """The table of a head that is tied to it.  As in PEFT an adapter does not reach it, unless its rows are the
-        tokens' own (`ties`)."""
+    def tied(self) -> Any:
+        """The table of a head that is tied to it, an array or a box.  As in PEFT an adapter does not reach it, unless
+        its rows are the tokens' own (`ties`)."""
         adapter = adapter_of(self, "table")
         return adapter.weight(self.base) if getattr(adapter, "ties", False) else self.base
 
@@ -126,7 +140,7 @@ class Head(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, tied_to: Float[Array, "V D"] | None) -> Float[Array, "V D"]:
+    def __call__(self, tied_to: Any) -> Any:
         table = _table(self, self.vocab, self.features) if tied_to is None else tied_to
         adapter = adapter_of(self, "table")
         return table if adapter is None else adapter.weight(table)
@@ -149,10 +163,12 @@ def with_prompt(module: nn.Module, x: Float[Array, "B T D"], tokens: Int[Array, 
     return jnp.where((tokens < 0)[..., None], virtual, x)
 
 
-def output_logits(
-    hidden: Float[Array, "*batch D"], table: Float[Array, "V D"], softcap: float | None
-) -> Float[Array, "*batch V"]:
-    """Float32 logits of a few positions; training never forms them for a whole batch (see `jaxtune.loss`)."""
+def output_logits(hidden: Float[Array, "*batch D"], table: Any, softcap: float | None) -> Float[Array, "*batch V"]:
+    """Float32 logits of a few positions; training never forms them for a whole batch (see `jaxtune.loss`).
+
+    Args:
+      table: [V, D], or the box of a quantised one.
+    """
     logits = jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits if softcap is None else jnp.tanh(logits / softcap) * softcap
 

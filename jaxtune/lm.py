@@ -19,6 +19,7 @@ from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
 from jaxtune.hf.base import Base, load_base, open_base
 from jaxtune.layers import output_logits
 from jaxtune.peft.method import virtual_of
+from jaxtune.quant import scheme_of
 from jaxtune.tree import count
 from jaxtune.typing import Tree
 
@@ -142,11 +143,19 @@ class LanguageModel:
             Path(directory), *place, readme=readme, say=functools.partial(warnings.warn, stacklevel=2), changes=False
         )
 
-    def save_merged(self, directory: str | Path, dtype: str | None = None, max_shard_size: str | int = "4GB") -> None:
+    def save_merged(
+        self,
+        directory: str | Path,
+        dtype: str | None = None,
+        max_shard_size: str | int = "4GB",
+        onto: str | None = None,
+    ) -> None:
         """Writes the model with the adapter folded into its weights, as a Hugging Face checkpoint.
 
         Args:
           dtype: float32 | bfloat16 | float16; None: as the model was loaded.
+          onto: of a quantised base: dequantised (the merged model is what was trained) | original (the weights as they
+            were before, which the adapter was not trained over).
 
         Raises:
           UserError: the adapter is no part of any weight (prompts, prefixes), or it cannot be written.
@@ -170,6 +179,7 @@ class LanguageModel:
             dtype=dtype or self.base.model.dtype,
             shard_bytes=size_of(max_shard_size),
             readme=card("merged", self.base.id, method),
+            onto=onto,
         )
 
 
@@ -203,13 +213,17 @@ def load(
     adapter: str | Path | None = None,
     dtype: str = "float32",
     quant: str | None = None,
+    double_quant: bool = False,
+    quant_embedding: bool = False,
     mesh: Mesh | None = None,
     soft_prompt_scale: str | None = None,
 ) -> LanguageModel:
     """Loads a Hugging Face checkpoint (directory or Hub id) and, over it, a PEFT adapter directory.
 
     Args:
-      dtype: of weights and activations; adapters are float32.  quant: None.
+      dtype: of weights and activations; adapters are float32.
+      quant: nf4 | int8, of all linear layers but the head; None: as they are stored, which may be bitsandbytes' 4 or 8
+        bits.  double_quant: NF4's scales in 8 bits.  quant_embedding: the embedding too, and a head tied to it.
       mesh: where to put it (`jaxtune.mesh.make_mesh`); None: the first device.
       soft_prompt_scale: pre, for a prompt that was trained over Gemma 1 or 2 with transformers before 5.4, which
         multiplied it by √width; post, for others; None: what jaxtune.json says, where we wrote one, else post.
@@ -217,11 +231,9 @@ def load(
     Raises:
       UserError: what was asked, what exists, what to do.
     """
-    if quant is not None:
-        raise UserError(f"quant is {quant!r}. It can be: None.")
     check_dtype(dtype)
     mesh = mesh or meshes.make_mesh(1, 1, 1, jax.devices()[:1])
-    base = open_base(str(model_id), dtype=dtype)
+    base = open_base(str(model_id), dtype=dtype, quant=scheme_of(quant, double_quant, quant_embedding))
     peft = None if adapter is None else load_adapter(Path(adapter), base.layout, soft_prompt_scale=soft_prompt_scale)
     variables = {"params": load_base(base, mesh, lambda path: jnp.dtype(dtype))}
     if peft is not None:

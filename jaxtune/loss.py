@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtune.layers import constrain
+from jaxtune.quant.box import Quantised
 from jaxtune.typing import Tree
 
 # Tokens whose logits exist at one time.  Fewer than 64 rows to a product slow a CPU down; more cost memory (V * 4 bytes
@@ -20,7 +21,7 @@ CHUNK_TOKENS = 1024
 
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
+    table: Any,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     softcap: float | None,
@@ -30,6 +31,8 @@ def cross_entropy(
     The gradient is computed in the forward pass, chunk by chunk, so that logits are formed once and never kept.  Where
     the table is frozen its gradient is dead code and XLA drops it.
     """
+    if isinstance(table, Quantised):
+        table = table.astype(hidden.dtype)  # once for all chunks
     B, T, _ = hidden.shape
     size = min(T, max(1, CHUNK_TOKENS // B))
     padding = -T % size

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import adapt, cli, config, evaluate, optim, rundir, steplog, tree
+from jaxtune import adapt, cli, config, evaluate, optim, results, rundir, steplog, tree
 from jaxtune import mesh as meshes
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.console import Console, Progress
@@ -24,6 +24,7 @@ from jaxtune.hf.base import open_base
 from jaxtune.hf.card import Run
 from jaxtune.lm import encode_prompt
 from jaxtune.metrics import MetricsLog
+from jaxtune.quant import scheme_of
 from jaxtune.rundir import STOPPED
 from jaxtune.signals import stop_requests
 from jaxtune.state import identity, make_state, resume, to_save
@@ -74,10 +75,14 @@ def train(
     usual = adapt.learning_rate(plain["peft"])  # refuses what it cannot mean before anything is read
     if c.optim.learning_rate is None:
         c.optim.learning_rate = plain["optim"]["learning_rate"] = usual
-    adapt.check_push(plain)
+    results.check_push(plain)
+    optim.check_offload(c.optim)
 
     # ---------------------------------------------------------------- Data: tokenised before a weight is loaded
-    base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, remat=c.train.remat == "full")
+    quant = scheme_of(c.model.quant, c.model.double_quant, c.model.quant_embedding)
+    how = {"dtype": c.model.dtype, "remat": c.train.remat == "full", "quant": quant}
+    base = open_base(c.model.id, revision=c.model.revision, **how)
+    results.check_quantised(plain, base)
     adapt.check_targets(plain["peft"], base)
     tokenizer = load_tokenizer(base.directory)
     virtual = adapt.virtual_tokens(plain["peft"], base)
@@ -119,9 +124,14 @@ def train(
         )
         if c.peft.init_from and adapted.peft:
             console.say(f"  from {c.peft.init_from}, with its settings: {adapted.peft.config}")
+            for line in adapt.handed_over(plain["peft"], base):
+                console.say(f"WARNING: {c.peft.init_from}: {line}")
         schedule = optim.make_schedule(c.optim, total)
         optimiser = adapted.optimiser(optim.make_optimiser(c.optim, schedule))
-        state, frozen = make_state(optimiser, adapted.trainable, mesh), adapted.frozen
+        if c.optim.offload:
+            optimiser = optim.offloaded(optimiser)
+        state = make_state(optimiser, adapted.trainable, mesh, offload=c.optim.offload)
+        frozen = adapted.frozen
         parts = {"model": base.model, "structure": adapted.structure}
         rule = {"optimiser": optimiser, "schedule": schedule, "seed": c.train.seed, "penalty": adapted.penalty()}
         step = jax.jit(functools.partial(train_step, **parts, **rule), donate_argnums=0)
@@ -203,8 +213,8 @@ def train(
         note(base_parameters=tree.count(base.abstract), **took)
         if jax.process_index() == 0:
             rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
-        where = adapt.export(workdir, base, mesh, adapted, state.trainable, Run(plain, scores), console.say)
-        console.say(adapt.how_to_load(where, base))
+        where = results.export(workdir, base, mesh, adapted, state.trainable, Run(plain, scores), console.say)
+        console.say(results.how_to_load(where, base))
         if c.export.push_to_hub and jax.process_index() == 0:
             hub.publish(where, c.export.push_to_hub, private=c.export.private, say=console.say)
     return 0

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
 import jaxtune
-from jaxtune import adapt, export
+from jaxtune import export, results
 from jaxtune.errors import NetworkError, UserError
 from jaxtune.hf import hub
 from jaxtune.hf.card import Run, card
@@ -257,9 +257,9 @@ class TestRefusedBeforeTheNetwork:
     def test_by_a_run_before_it_reads_anything(self):
         section = {"push_to_hub": "me/x", "base_model_name_or_path": None, "format": None}
         with pytest.raises(UserError, match="names its base by a Hub id"):
-            adapt.check_push({"export": section, "model": {"id": "./gemma"}, "peft": {"method": "lora"}})
-        adapt.check_push({"export": section, "model": {"id": "./gemma"}, "peft": {"method": "full"}})
-        adapt.check_push({"export": section | {"push_to_hub": None}})
+            results.check_push({"export": section, "model": {"id": "./gemma"}, "peft": {"method": "lora"}})
+        results.check_push({"export": section, "model": {"id": "./gemma"}, "peft": {"method": "full"}})
+        results.check_push({"export": section | {"push_to_hub": None}})
 
     def test_nothing_there(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
@@ -331,7 +331,7 @@ def test_the_training_command_pushes_at_its_end(server, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     _, files, _ = server.commit()
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "README.md", "jaxtune.json"}
     data = ModelCard(files["README.md"].decode()).data.to_dict()
     assert data["base_model"] == "org/base" and data["language"] == "fa"
     clean(server.calls, tmp_path)

@@ -50,10 +50,10 @@ def ragged_rows(count, seed=0):
 class Run:
     """A jaxtune training run without files: model, state and the compiled step."""
 
-    def __init__(self, directory, c, sizes=(1, 1, 1), turns=1, init_from=None):
+    def __init__(self, directory, c, sizes=(1, 1, 1), turns=1, init_from=None, quant=None, remat=True):
         self.mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
         self.turns = turns
-        base = open_base(str(directory), remat=True)
+        base = open_base(str(directory), remat=remat, quant=quant)
         with jax.set_mesh(self.mesh):
             section = to_json(c)["peft"] | {"init_from": init_from}
             how = {"dtype": "float32", "seed": 0, "total_steps": 100, "encode": lambda text: [3]}

@@ -98,9 +98,11 @@ def test_loading_holds_one_parameter_besides_the_model(tmp_path):
         import jax, jaxtune
         from jaxtune.hf.base import load_base, open_base
         from jaxtune.mesh import make_mesh
+        from jaxtune.quant import scheme_of
         def anonymous():
             return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) * 1024
-        base = open_base(sys.argv[1]); mesh = make_mesh(1, 1, 1); jax.block_until_ready(jax.numpy.zeros(1))
+        base = open_base(sys.argv[1], quant=scheme_of(*sys.argv[2:] or [None]))
+        mesh = make_mesh(1, 1, 1); jax.block_until_ready(jax.numpy.zeros(1))
         before, peak, done = anonymous(), [0], threading.Event()
         def watch():
             while not done.wait(0.002):
@@ -111,12 +113,13 @@ def test_loading_holds_one_parameter_besides_the_model(tmp_path):
         sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
         print(peak[0] - before, sum(sizes), max(sizes))
     """)
-    command = [sys.executable, "-c", script, str(tmp_path)]
     one_device = os.environ | {"XLA_FLAGS": ""}
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=one_device)
-    peak, model, largest = map(int, out.stdout.split())
-    print(f"peak {peak / 1e6:.0f} MB, model {model / 1e6:.0f} MB, largest parameter {largest / 1e6:.0f} MB")
-    assert peak - model < 1.5 * largest
+    for quant in ([], ["nf4"]):
+        command = [sys.executable, "-c", script, str(tmp_path), *quant]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, env=one_device)
+        peak, model, largest = map(int, out.stdout.split())
+        print(f"{quant} peak {peak / 1e6:.0f} MB, model {model / 1e6:.0f} MB, largest part {largest / 1e6:.0f} MB")
+        assert peak - model < 1.5 * largest
 
 
 class TestHub:

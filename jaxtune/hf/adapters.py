@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from jaxtune import mesh as meshes
 from jaxtune.errors import ExportError, MissingInputError, UserError, did_you_mean
 from jaxtune.hf.files import open_safetensors, read_json, replaced_directory
+from jaxtune.hf.handover import read_ours, write_ours
 from jaxtune.models import gemma_hf
 from jaxtune.peft import BY_PEFT_TYPE, prompt, saved
 from jaxtune.peft.keys import read_config
@@ -26,7 +27,6 @@ from jaxtune.typing import Tree
 
 PREFIX = "base_model.model."
 CONFIG_LIMIT = 2**20
-OURS = "jaxtune.json"  # what PEFT has no key for
 
 
 class PeftAdapter(NamedTuple):
@@ -36,6 +36,7 @@ class PeftAdapter(NamedTuple):
     config: Any
     adapters: dict[str, Any]
     base: str | None  # base_model_name_or_path, as written; never followed
+    trained_over: dict[str, Any] | None = None  # see hf.handover; None where the file does not say
 
 
 def read_tensors(directory: Path, own_names: Collection[str] = (), prefix: str = PREFIX) -> dict[str, np.ndarray]:
@@ -114,7 +115,9 @@ def load_adapter(directory: Path, layout: Layout, **ours: Any) -> PeftAdapter:
     if tensors:  # each was taken out as it was used
         listed = "\n".join(f"  {name}" for name in sorted(tensors)[:5])
         raise UserError(f"{directory} has {len(tensors)} tensors that its config and this model do not use:\n{listed}")
-    return PeftAdapter(method, config, adapters, values.get("base_model_name_or_path"))
+    return PeftAdapter(
+        method, config, adapters, values.get("base_model_name_or_path"), read_ours(directory).get("base")
+    )
 
 
 def own_names(method: Any) -> Collection[str]:
@@ -132,8 +135,7 @@ def our_values(directory: Path, method: Any, given: Mapping[str, Any]) -> dict[s
     for key in given:
         if key not in keys:
             raise UserError(f"{key} is given, and {directory} is of type {method.PEFT_TYPE}, which knows no such key.")
-    stored = read_json(directory / OURS, CONFIG_LIMIT) if keys and (directory / OURS).is_file() else {}
-    return {key: value for key, value in stored.items() if key in keys} | dict(given)
+    return {key: value for key, value in read_ours(directory).items() if key in keys} | dict(given)
 
 
 def place_adapters(mesh: Mesh, boxed: Mapping[str, Any]) -> dict[str, Tree]:
@@ -203,8 +205,7 @@ def save_adapter(
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         (new / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True, default=list) + "\n")
         (new / "README.md").write_text(readme)
-        if ours:
-            (new / OURS).write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        write_ours(new, ours | ({"base": peft.trained_over} if peft.trained_over else {}))
         again = load_adapter(new, layout)
         check_same(tensors, adapter_tensors(nn.unbox(again.adapters), layout))
         check(again)

@@ -7,6 +7,9 @@ the host ever hold a merged copy of the model.
 On a tied model an adapter of the embedding does not reach the head, nor the other way round, so that the merged model
 has two matrices and `tie_word_embeddings` is false; trained token rows are the head's too, and leave it tied.  (peft's
 `merge_and_unload` adds an embedding's LoRA to both.)
+
+Over a quantised base there are two weights to fold into: the dequantised one, with which the model is what was trained,
+and the original, which is nearer to the base that was published.  Neither is right for all, so that one is asked for.
 """
 
 import functools
@@ -21,11 +24,13 @@ from flax import struct
 
 from jaxtune import tree
 from jaxtune.errors import ExportError, UserError
+from jaxtune.hf import bnb
 from jaxtune.hf.base import Base
 from jaxtune.hf.rows import Row
-from jaxtune.hf.weights import write_checkpoint
+from jaxtune.hf.weights import read_part, stored_tensors, write_checkpoint
 from jaxtune.layers import matmul
 from jaxtune.peft.method import Layout, from_variables, layer_of, to_variables
+from jaxtune.quant import Quantised
 from jaxtune.typing import Tree
 
 # Largest difference of float32 logits, to the largest of them: sums in another order, through every layer.
@@ -135,11 +140,47 @@ def is_untied(layout: Layout, adapters: dict[str, Any]) -> bool:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _merge(adapters: tuple[Any, ...], w: Any, layer: Any, *, dtype: Any) -> Any:
-    # A quantised kernel is to be dequantised here, one layer at a time.
-    w = (w if layer is None else w[layer]).astype(jnp.float32)
+    """One layer of a weight with stacked adapters, or a weight that has no layers."""
+    w = w.astype(jnp.float32)
     for adapter in adapters:
         w = (adapter if layer is None else layer_of(adapter, layer)).merged(w)
     return w.astype(dtype)
+
+
+ONTO = ("dequantised", "original")
+SAY_ONTO = (
+    "Say what the adapter is folded into: --onto dequantised (what comes out is what was trained) or --onto original "
+    "(the weights as they were before: nearer to the published base, but the adapter was trained over the others)."
+)
+
+
+def originals(base: Base, onto: str | None) -> Callable[[Row, int], np.ndarray] | None:
+    """How to read the original of a quantised weight (of a row and a layer, without layer axis), or None where what it
+    was rounded to is meant, or where nothing is quantised.
+
+    Raises:
+      UserError: one of the two must be asked for, or there are no originals.
+    """
+    if onto not in (None, *ONTO):
+        raise UserError(f"onto is {onto!r}. It can be: {', '.join(ONTO)}.")
+    if base.quant is None:
+        if onto == "dequantised":
+            raise UserError("onto=dequantised is for a quantised base, and this one is not.")
+        return None
+    if onto is None:
+        raise UserError(f"The base is quantised ({base.quant}). {SAY_ONTO}")
+    if onto == "dequantised":
+        return None
+    if bnb.scheme_in(base.hf_config):
+        raise UserError(f"{base.directory} is stored quantised and has no originals. Take --onto dequantised.")
+    stored = stored_tensors(base.directory)
+
+    def read(row: Row, layer: int) -> np.ndarray:
+        whole = [slice(None)] * (len(row.shape) - row.stacked)
+        part = read_part(row, stored, (slice(layer, layer + 1), *whole) if row.stacked else tuple(whole), np.float32)
+        return part[0] if row.stacked else part
+
+    return read
 
 
 def save_merged(
@@ -152,14 +193,20 @@ def save_merged(
     dtype: Any,
     shard_bytes: int = 4 * 10**9,
     readme: str | None = None,
+    onto: str | None = None,
 ) -> float:
-    """Writes the model with its adapters folded in; returns the difference that `check_merge` found.
+    """Writes the model with its adapters folded in; returns the difference that `check_merge` found, which over a
+    quantised base is that of dequantised weights.
+
+    Args:
+      onto: dequantised | original, of a quantised base.
 
     Raises:
-      UserError: an adapter that is no part of a weight, or values that are not finite in `dtype`.
+      UserError: an adapter that is no part of a weight, values that are not finite in `dtype`, or as `originals`.
       ExportError: as `check_merge`.  CannotCreateError, StorageError: as `replaced_directory`.
     """
-    layout, params = base.layout, tree.flatten(variables["params"])
+    original = originals(base, onto)
+    layout, params = base.layout, tree.flatten(variables["params"], is_leaf=lambda x: isinstance(x, Quantised))
     adapters = from_variables(variables) if "adapters" in variables else {}
     check_mergeable(adapters, peft_type)
     dtype, rows, untied = jnp.dtype(dtype), list(base.rows), is_untied(layout, adapters)
@@ -171,7 +218,12 @@ def save_merged(
     def value(row: Row, layer: int) -> np.ndarray:
         over = [table] if row.path == "lm_head/table" and layout.tied and getattr(table, "ties", False) else []
         over += [adapters[row.path]] if row.path in adapters else []
-        w = params.get(row.path, params["embed/table"])
+        source = row if row.path in params else next(r for r in rows if r.path == "embed/table")
+        w = params[source.path]
+        if original and isinstance(w, Quantised):
+            w = original(source, layer)
+        elif row.stacked:
+            w = jax.tree.map(lambda x: x[layer], w)
         return np.asarray(_merge(tuple(over), w, jnp.int32(layer) if row.stacked else None, dtype=dtype))
 
     with jax.default_matmul_precision("highest"):  # TPUs and GPUs multiply float32 in fewer bits otherwise

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from jaxtune import mesh as meshes
 from jaxtune import tree
 from jaxtune.errors import UserError, did_you_mean
+from jaxtune.hf import bnb
 from jaxtune.hf.files import open_safetensors, replaced_directory, weight_files
 from jaxtune.hf.rows import Row
 from jaxtune.models import gemma_hf
@@ -25,17 +28,19 @@ from jaxtune.typing import Tree
 
 NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 DTYPES = tuple(NUMPY)
+PACKED = ("U8", "I8")  # of weights that bitsandbytes has quantised
 
 # Tensors that some checkpoints carry and no model needs: recomputed from the config.
 BUFFERS = (".rotary_emb.inv_freq",)
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor lies.  beside: of a quantised one, how to read what belongs to it (`hf.bnb`), else None."""
 
     file: Any  # an open safetensors file
     name: str  # its name in that file
     shape: tuple[int, ...]
+    beside: dict[str, Callable[[], np.ndarray]] | None = None
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
@@ -45,26 +50,35 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
       UserError: two tensors with one meaning, or a dtype that is no float.
     """
     found: dict[str, Stored] = {}
+    beside: dict[str, dict[str, Callable[[], np.ndarray]]] = {}
     for path in weight_files(directory):
         file = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             canonical = gemma_hf.canonical(name)
             if canonical is None or canonical.endswith(BUFFERS):
                 continue
+            if owner := bnb.owner_of(canonical):
+                beside.setdefault(owner[0], {})[owner[1]] = functools.partial(file.get_tensor, name)
+                continue
             view = file.get_slice(name)
             if canonical in found:
                 raise UserError(f"{path.name} has {name!r}, and {found[canonical].name!r} means the same.")
-            if view.get_dtype() not in DTYPES:
+            if view.get_dtype() not in (*DTYPES, *PACKED):
                 raise UserError(
                     f"{path.name}: {name!r} is stored as {view.get_dtype()}. jaxtune reads: {', '.join(DTYPES)}."
                 )
             found[canonical] = Stored(file, name, tuple(view.get_shape()))
+    for name, tensor in found.items():
+        if tensor.file.get_slice(tensor.name).get_dtype() in PACKED:
+            there = beside.get(name, {})
+            found[name] = tensor._replace(shape=bnb.shape_of(tensor.name, tensor.shape, there), beside=there)
     return found
 
 
 def stored_dtype(directory: Path) -> str:
-    """The dtype that all of a text model's tensors have in its files; float32 where they differ."""
-    kinds = {tensor.file.get_slice(tensor.name).get_dtype() for tensor in stored_tensors(directory).values()}
+    """The dtype that all of a text model's unquantised tensors have in its files; float32 where they differ."""
+    plain = [tensor for tensor in stored_tensors(directory).values() if tensor.beside is None]
+    kinds = {tensor.file.get_slice(tensor.name).get_dtype() for tensor in plain}
     return NUMPY[kinds.pop()] if kinds in ({"BF16"}, {"F16"}) else "float32"
 
 
@@ -104,23 +118,24 @@ def read_part(row: Row, stored: Mapping[str, Stored], index: tuple[slice, ...], 
 def load_params(
     rows: list[Row],
     stored: Mapping[str, Stored],
-    shardings: Tree,
+    mesh: Mesh,
     dtype: Callable[[str], Any],
-) -> Tree:
-    """The parameters of a checkpoint as sharded arrays.
+) -> dict[str, jax.Array]:
+    """{path: parameter} of a checkpoint on the mesh.
 
     Args:
-      shardings: one per parameter.  dtype: of a parameter, by path.
+      dtype: of a parameter, by path.
     """
-    where = tree.flatten(shardings)
     leaves = {}
     for row in rows:
 
         def part(index: Any, row: Row = row) -> np.ndarray:
             return read_part(row, stored, index, dtype(row.path))
 
-        leaves[row.path] = jax.make_array_from_callback(row.shape, where[row.path], part)
-    return tree.nest(leaves)
+        where = NamedSharding(mesh, meshes.spec(mesh, row.axes, row.shape))
+        # Awaited, so that the host lets go of one before it reads the next.
+        leaves[row.path] = jax.block_until_ready(jax.make_array_from_callback(row.shape, where, part))
+    return leaves
 
 
 def save_params(directory: Path, rows: list[Row], params: Tree, source: Path, **how: Any) -> None:
@@ -190,6 +205,7 @@ def write_checkpoint(
         config = json.loads((source / "config.json").read_text())
         for part in filter(None, (config, config.get("text_config"))):
             part["dtype" if "dtype" in part else "torch_dtype"] = np.dtype(dtype).name
+            part.pop("quantization_config", None)  # no longer, if it ever was
             if untied:
                 part["tie_word_embeddings"] = False
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")

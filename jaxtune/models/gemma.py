@@ -191,6 +191,6 @@ class Gemma(nn.Module):
             cache = Cache(k, v, shared["segments"], length)
         return self.final_norm(x), cache
 
-    def head(self) -> Float[Array, "V D"]:
-        """The output matrix."""
+    def head(self) -> Any:
+        """The output matrix [V, D], or the box of a quantised one."""
         return self.lm_head(self.embed.tied() if self.config.tied else None)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import UserError
-from jaxtune.layers import matmul
+from jaxtune.layers import matmul, take_rows
 from jaxtune.peft import lora_init, token_rows
 from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_number, check_targets
 from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, pattern_value, select, site_key, take
@@ -191,7 +191,7 @@ class LoraTable:
     dropout: float = struct.field(pytree_node=False)
 
     def embed(self, table, tokens):
-        rows = jnp.take(table, tokens, axis=0, mode="clip").astype(jnp.float32)
+        rows = take_rows(table, tokens).astype(jnp.float32)
         low = jnp.take(self.a, tokens, axis=0, mode="clip")
         return rows + jnp.einsum("BTR,RD->BTD", low, self.b) * self.scale.value
 
@@ -236,6 +236,7 @@ def plan(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:
             raise UserError("target_modules matches lm_head, where jaxtune has no dropout. Set lora_dropout=0.")
         if lora_init.needs_even(config.init_lora_weights) and any(r % 2 for r in ranks[path]):
             raise UserError("init_lora_weights='orthogonal' needs even ranks (r, rank_pattern).")
+        lora_init.check_base(config.init_lora_weights, config.loftq_rounds(), layout.quant)
         if lora_init.alters_base(config.init_lora_weights) and max(ranks[path]) > min(site.shape[1:]):
             raise UserError(
                 f"init_lora_weights={config.init_lora_weights!r} takes the rank from {path}, which has at most "
@@ -243,6 +244,13 @@ def plan(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:
             )
     token_rows.plan(layout, config.trainable_token_indices, ranks, config.modules_to_save)
     return ranks
+
+
+def lost(layout: Layout, config: Config) -> dict[str, int]:
+    """LoftQ over a quantised base: its A B are the largest part of what was lost, and the base stays as it is."""
+    if layout.quant is None or config.init_lora_weights != "loftq":
+        return {}
+    return {path: max(ranks) for path, ranks in plan(layout, config).items()}
 
 
 def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[str, Any]:
@@ -254,7 +262,7 @@ def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[s
             adapters[path] = _new_table(site_key(key, path), site, ranks[0], scale[0], config)
             continue
         how, w, rounds = config.init_lora_weights, start.params[path], config.loftq_rounds()
-        values = lora_init.draw(site_key(key, path), site, ranks, scale, how, w, rounds)
+        values = lora_init.draw(site_key(key, path), site, ranks, scale, how, w, rounds, start.lost.get(path))
         a0, b0 = (values.a, values.b) if values.taken else (None, None)
         magnitude = None
         if config.use_dora:
@@ -367,6 +375,8 @@ def to_config(layout: Layout, config: Config, adapters: Mapping[str, Any]) -> di
     values = dict(vars(config))
     if not lora_init.alters_base(config.init_lora_weights):
         return values
+    if lost(layout, config):
+        return values | {"init_lora_weights": True, "loftq_config": {}}
     more = math.sqrt(2) if config.use_rslora else 2
     return values | {
         "r": 2 * config.r,

@@ -11,7 +11,8 @@
 
 The last three take s A B off the base, so that training starts at the base's own function.  jaxtune leaves the base as
 it is and subtracts the initial product instead.  (peft's LoftQ puts the rounded weight in W's place; W - s A B is that
-but for what the rank cannot hold.)
+but for what the rank cannot hold.)  Over a base that is quantised the rounded weight is in W's place already, and LoftQ
+is plain LoRA that starts there, as peft's `replace_lora_weights_loftq` makes it.
 """
 
 import re
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.errors import UserError
 from jaxtune.peft.method import Site
 from jaxtune.quant import nf4
 
@@ -52,18 +54,45 @@ def alters_base(how: Any) -> bool:
     return isinstance(how, str) and how.startswith(("pissa", "olora", "loftq"))
 
 
+def check_base(how: Any, rounds: int, quant: str | None) -> None:
+    """Refuses starts that need the weights as they were before they were quantised.
+
+    Raises:
+      UserError: naming what can be done.
+    """
+    if quant is None or not alters_base(how):
+        return
+    if how != "loftq":
+        raise UserError(
+            f"init_lora_weights={how!r} takes the largest part of each weight off the base, and `model.quant` is "
+            f"{quant}: what is left would have to be quantised anew. Take loftq, or an unquantised base."
+        )
+    if quant != "nf4" or rounds > 1:
+        raise UserError(
+            f"`model.quant` is {quant}, and LoftQ has {rounds} rounds. Over a quantised base it is what one rounding "
+            "to nf4 loses; further rounds would change the base. Set model.quant=nf4 and loftq_iter=1."
+        )
+
+
 def needs_even(how: Any) -> bool:
     return how == "orthogonal"
 
 
 def draw(
-    key: jax.Array, site: Site, ranks: tuple[int, ...], scale: np.ndarray, how: Any, w: Any, rounds: int = 1
+    key: jax.Array,
+    site: Site,
+    ranks: tuple[int, ...],
+    scale: np.ndarray,
+    how: Any,
+    w: Any,
+    rounds: int = 1,
+    lost: Any = None,
 ) -> Values:
     """One site's first values, zero beyond each layer's rank.
 
     Args:
       scale: what multiplies A B in each layer [L].  w: the base's weight [L, in, out].
-      rounds: of LoftQ, each rounding what the last left of W.
+      rounds: of LoftQ, each rounding what the last left of W.  lost: of a quantised base, see `Start`; else None.
     """
     L, R, (rows, columns) = len(ranks), max(ranks), site.shape[1:]
     live = jnp.asarray(np.arange(R)[None] < np.array(ranks)[:, None], jnp.float32)  # [L, R]
@@ -74,7 +103,10 @@ def draw(
         return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
 
     b = jnp.zeros((L, R, columns))
-    if alters_base(how):
+    if lost is not None:
+        u, s, v = lost
+        a, b = _halves(u, s, v, jnp.asarray(scale))
+    elif alters_base(how):
         a, b = _from_weight(how, key, w.astype(jnp.float32), R, jnp.asarray(scale), rounds)
     elif how == "orthogonal":
         a, b = _orthogonal(key, ranks, rows, columns)
@@ -83,7 +115,7 @@ def draw(
     else:
         a = uniform(key_a, (L, rows, R)) * rows**-0.5
         b = uniform(key_b, b.shape) / jnp.sqrt(r) if how is False else b
-    return Values(a * live[:, None, :], b * live[:, :, None], alters_base(how))
+    return Values(a * live[:, None, :], b * live[:, :, None], alters_base(how) and lost is None)
 
 
 def _from_weight(how: str, key: jax.Array, w: Any, rank: int, scale: Any, rounds: int) -> tuple[Any, Any]:
@@ -98,6 +130,10 @@ def _from_weight(how: str, key: jax.Array, w: Any, rank: int, scale: Any, rounds
         u, s, v = _largest(w, rank)
     else:
         u, s, v = _subspace_svd(key, w, rank, int(how.rsplit("_", 1)[-1]))
+    return _halves(u, s, v, scale)
+
+
+def _halves(u: Any, s: Any, v: Any, scale: Any) -> tuple[Any, Any]:
     root = jnp.sqrt(s / scale[:, None])
     return u * root[:, None, :], v * root[:, :, None]
 

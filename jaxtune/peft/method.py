@@ -38,6 +38,7 @@ Prompts and prefixes belong to no weight; they lie at the paths `prompt` and `pr
 Such a method also has, where they apply,
 
   virtual(config)        the `data.virtual.Virtual` tokens that the data puts before each row
+  lost(layout, config)   {path: rank} of the kernels of which `init` needs what quantisation lost (`Start.lost`)
   continues_as(config)   (method's name, config) that a PEFT file trains on as, where it holds less than was trained
   OWN_NAMES, PREFIX      its tensors that belong to no module; what PEFT puts before those that do
   OUR_KEYS               keys of Config that PEFT does not have; they go into jaxtune.json, beside PEFT's files
@@ -47,6 +48,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -95,6 +97,8 @@ class Layout(NamedTuple):
     head_dim: int
     # What stands between `model.` and `layers` in a multimodal checkpoint ("language_model.").
     text_prefix: str = ""
+    # nf4 | int8 | None: what linear layers are quantised to.
+    quant: str | None = None
 
     def peft_module(self, module: str) -> str:
         """A site's module path as PEFT has it over the checkpoint."""
@@ -105,10 +109,15 @@ class Layout(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What initial values may be drawn from.  params: {path: the base's values}.  encode: text to token ids."""
+    """What initial values may be drawn from.
+
+    params: {path: the base's values, or the box of quantised ones}.  encode: text to token ids.  lost: {path: (u [L, I,
+    R], s [L, R], v [L, R, O])}, the largest singular values of what quantisation took off a kernel, where `lost` asks.
+    """
 
     params: Mapping[str, Any]
     encode: Callable[[str], Sequence[int]] | None = None
+    lost: Mapping[str, Any] = MappingProxyType({})
 
     def table(self) -> Any:
         return self.params["embed/table"]

@@ -16,6 +16,7 @@ from flax import struct
 
 from jaxtune.data.virtual import Virtual
 from jaxtune.errors import UserError
+from jaxtune.layers import take_rows
 from jaxtune.peft.keys import check_choice, check_count
 from jaxtune.peft.method import Layout, Start, box, is_saved, take
 
@@ -144,7 +145,7 @@ def draw(key: jax.Array, layout: Layout, config: Any, start: Start) -> jax.Array
         ids = jax.random.randint(key, (count,), 0, layout.vocab)
     else:
         return jax.random.normal(key, (count, layout.width))
-    rows = jnp.take(start.table(), ids, axis=0)
+    rows = take_rows(start.table(), ids)
     if scale_of(layout, config) == 1:
         rows = rows * jnp.asarray(layout.embed_scale, rows.dtype)
     return rows.astype(jnp.float32)

@@ -67,7 +67,7 @@ def init(sites: Sequence[Site], start: Start) -> dict[str, Saved]:
     copies = {}
     for site in sites:
         source = start.params[site.path] if site.path in start.params else start.table()
-        value = jnp.asarray(source).astype(jnp.float32)
+        value = source.astype(jnp.float32)
         copies[site.path] = Saved(nn.LogicallyPartitioned(value, site.axes))
     return copies
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import UserError
+from jaxtune.layers import take_rows
 from jaxtune.peft.method import Fixed, Layout, Site, Start, box, is_saved, take
 
 SUFFIX = "token_adapter.trainable_tokens_delta"
@@ -27,14 +28,14 @@ class TokenRows:
     targeted = False  # by `target_modules`
 
     def embed(self, table, tokens):
-        x = jnp.take(table, tokens, axis=0, mode="clip").astype(jnp.float32)
+        x = take_rows(table, tokens).astype(jnp.float32)
         hit = tokens[..., None] == self.indices.value[None, None]
         rows = jnp.einsum("BTN,ND->BTD", hit.astype(jnp.float32), self.rows, precision="highest")
         return jnp.where(jnp.any(hit, axis=-1, keepdims=True), rows, x)
 
     def weight(self, w):
         """For a tied head: a copy of it, since rows cannot be exchanged in a frozen array."""
-        return self.merged(w)
+        return self.merged(w.astype(w.dtype))
 
     def merged(self, w):
         return w.at[self.indices.value].set(self.rows.astype(w.dtype))
@@ -91,7 +92,7 @@ def init(layout: Layout, indices: Any, start: Start) -> dict[str, TokenRows]:
     if not indices:
         return {}
     ids = jnp.asarray(np.array(ids_of(indices), np.int32))
-    return {"embed/table": _boxed(jnp.take(start.table(), ids, axis=0).astype(jnp.float32), ids)}
+    return {"embed/table": _boxed(take_rows(start.table(), ids).astype(jnp.float32), ids)}
 
 
 def from_peft(layout: Layout, indices: Any, tensors: MutableMapping[str, np.ndarray]) -> dict[str, TokenRows]:
