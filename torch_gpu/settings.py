@@ -1,0 +1,86 @@
+"""The config as this backend reads it: what it cannot honour is refused by name, before anything is read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jaxtune.config import get_default
+from jaxtune.errors import CannotCreateError, UserError
+from torch_gpu import method, optim
+from torch_gpu.model import Processes
+
+
+def check(plain: dict[str, Any]) -> None:
+    """Refuses keys that mean something on a TPU mesh alone, or that transformers, peft and bitsandbytes do not have.
+
+    Raises:
+      UserError: naming the key.
+    """
+    usual: Any = get_default()
+    for key, value in plain["mesh"].items():
+        if value != usual.mesh[key]:
+            raise UserError(
+                f"`mesh.{key}` is {value}. On GPUs torchrun says how many processes there are, each with a whole copy "
+                "of the model: leave `mesh` out, and run torchrun --nproc_per_node=N -m torch_gpu.train …"
+            )
+    if plain["model"]["quant_embedding"]:
+        raise UserError(
+            "`model.quant_embedding` is true: transformers has no quantised embeddings. Set it to false, or take "
+            "jaxtune.train."
+        )
+    if plain["model"]["double_quant"] and plain["model"]["quant"] != "nf4":
+        raise UserError("`model.double_quant` is true, and `model.quant` is not nf4, whose scales it is about.")
+    method.given(plain["peft"])
+    if plain["export"]["format"] == "checkpoint":
+        raise UserError("`export.format` is checkpoint. torch_gpu trains adapters; unset it.")
+    optim.check(plain["optim"])
+
+
+def check_batch(size: int, processes: int, name: str) -> None:
+    """Refuses rows that the processes cannot share.
+
+    Raises:
+      UserError: naming the key.
+    """
+    if size % processes:
+        raise UserError(
+            f"{name} is {size}, and torchrun started {processes} processes. It must be a multiple, e.g. "
+            f"{-(-size // processes) * processes}."
+        )
+
+
+def remat(c: Any, say: Callable[[str], None]) -> bool:
+    """Whether layers are computed again in the backward pass.  transformers drops a prefix where they are."""
+    wanted = c.train.remat == "full"
+    if wanted and c.peft.method == "prefix_tuning":
+        say("`train.remat` is none here: transformers' checkpointing drops the keys and values of a prefix")
+        return False
+    return wanted
+
+
+def held_as(plain: dict[str, Any], dtype: torch.dtype) -> str:
+    """How the base is held: 'nf4 over float16'."""
+    quant, name = plain["model"]["quant"], str(dtype).removeprefix("torch.")
+    return f"{quant} over {name}" if quant else name
+
+
+def together(look: Callable[[], Any], processes: Processes) -> Any:
+    """What the first process finds, in all of them; an error there ends them all.
+
+    Raises:
+      UserError: in the first, what `look` raised; in the others, that it did.
+    """
+    if processes.count == 1:
+        return look()
+    found: list[Any] = [None, None]
+    error: UserError | None = None
+    if processes.index == 0:
+        try:
+            found[0] = look()
+        except UserError as raised:
+            error, found[1] = raised, str(raised)
+    torch.distributed.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise error or CannotCreateError(found[1])
+    return found[0]
