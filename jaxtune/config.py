@@ -29,6 +29,11 @@ CHOICES = {
     "export.format": (None, "checkpoint", "adapter"),
 }
 
+HINTS = {
+    "model.quant": "QLoRA's four bits are nf4.",
+    "optim.name": "What other libraries call paged is `optim.offload=True` (docs/quantisation.md).",
+}
+
 # Inclusive lower bounds.
 MINIMUM = {
     "data.max_length": 2,
@@ -158,7 +163,8 @@ def check(config: Any) -> None:
         if known[path] not in choices:
             options = ", ".join(map(str, choices))
             raise UserError(
-                f"`{path}` is {shown(known[path])}. It can be: {options}.{did_you_mean(known[path], map(str, choices))}"
+                f"`{path}` is {shown(known[path])}. It can be: {options}. "
+                + (HINTS.get(path) or did_you_mean(known[path], map(str, choices)).strip())
             )
     for path, low in MINIMUM.items():
         if known[path] is not None and known[path] < low:

@@ -72,8 +72,8 @@ def get_default() -> Any:
     # prefix_tuning | multitask_prompt_tuning: adapters, written as PEFT directories.
     # full (every weight trains) | partial (the modules in target_modules): written as Hugging Face checkpoints.
     c.peft.method = "lora"
-    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).  Its own settings then stand, and
-    # the keys below are not read.
+    # A PEFT directory whose weights training starts from (fresh optimiser, step 0).  Its own settings then stand; the
+    # run names those below that are others.
     c.peft.init_from = optional(str)
     # From here on the keys are PEFT's.  None is the method's own default (docs/peft.md); a key that the method does not
     # have is refused.

@@ -12,6 +12,7 @@ is held against the adapted model.
 import argparse
 import functools
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import check_replaceable, read_json
 from jaxtune.hf.merge import SAY_ONTO, originals
 from jaxtune.hf.weights import size_of, stored_dtype
+from jaxtune.kept import pick, read_record
 from jaxtune.lm import check_dtype, encode_prompt, load
-from jaxtune.peek import pick, read_record, read_trainable
+from jaxtune.peek import read_trainable
 from jaxtune.probe import write_adapter
 from jaxtune.quant import scheme_of
 from jaxtune.tokenizer import load_tokenizer
@@ -85,7 +87,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--onto", help="with --merged over a quantised base: dequantised (what was trained) or original (before it was)"
     )
-    add("--dtype", help="of a checkpoint: float32, bfloat16, float16; default: the base's")
+    add(
+        "--dtype",
+        help="of a checkpoint: float32, bfloat16, float16; default: the run's, else that of the files",
+    )
     add("--max_shard_size", help="of a checkpoint's files; default: 4GB")
     add("--push_to_hub", metavar="ID", help="send it to this repository, in one commit; HF_TOKEN or `hf auth login`")
     add("--private", action="store_true", help="where --push_to_hub creates the repository, make it private")
@@ -112,6 +117,11 @@ def export_run(workdir: Path, arguments: argparse.Namespace) -> Path:
     refuse_flags(kind, arguments)
     step = pick(workdir / "checkpoints", arguments.checkpoint, print)
     record = read_record(step)
+    if other := record["identity"].get("backend"):
+        raise UserError(
+            f"{workdir} is a run of {other}, whose checkpoints jaxtune does not read. Write its adapter by "
+            f"python -m {other}.export {workdir}, and give {workdir / 'adapter'} here, with --base."
+        )
     quant = scheme_of(c.model.quant, c.model.double_quant, c.model.quant_embedding)
     base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, quant=quant)
     results.check_quantised(plain, base, arguments.merged)
@@ -164,15 +174,18 @@ def export_adapter(source: Path, arguments: argparse.Namespace) -> Path:
         raise UserError(f"{source} was trained over a base that was {handover.how(over)}. {SAY_ONTO}")
     quant: dict[str, Any] = {key: over[key] for key in ("quant", "double_quant", "quant_embedding") if over}
     how: dict[str, Any] = {"dtype": dtype, "mesh": meshes.make_mesh(1, -1, 1)}
-    lm = load(arguments.base, adapter=source, **how, **(quant if arguments.onto == "dequantised" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the base is not quantised: --onto has said so
+        lm = load(arguments.base, adapter=source, **how, **(quant if arguments.onto == "dequantised" else {}))
     if lm.peft is None:
         raise AssertionError("an adapter was loaded")
     name = arguments.base_model_name_or_path or named or arguments.base
     lm.peft = lm.peft._replace(base=name)
     if arguments.merged:
-        lm.save_merged(out, arguments.dtype or dtype, arguments.max_shard_size or "4GB", arguments.onto)
+        found = lm.save_merged(out, arguments.dtype or dtype, arguments.max_shard_size or "4GB", arguments.onto)
+        print(results.merge_report(arguments.dtype or dtype, found, over.get("quant"), arguments.onto))
     else:
-        readme = card("adapter", name, lm.peft.method.PEFT_TYPE.lower(), repo_id=arguments.push_to_hub)
+        readme = card("adapter", name, lm.peft.method.PEFT_TYPE.lower(), repo_id=arguments.push_to_hub, over=over)
         write_adapter(out, lm.base, lm.mesh, lm.variables, lm.peft, name, readme=readme, say=print)
     return said(out, base)
 

@@ -42,9 +42,20 @@ def identity(config: dict[str, dict[str, Any]], total_steps: int, **hashes: str)
 
 
 def check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
+    """Refuses to go on with a run from a checkpoint of another.
+
+    Raises:
+      UserError, DataError: a table of what differs.
+    """
     keys = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if not keys:
         return
+    if "backend" in keys:
+        other, own = (names.get("backend", "jaxtune") for names in (was, now))
+        raise UserError(
+            f"{what} is of a run of {other}, and this is {own}. Go on with it by python -m {other}.train; or give a "
+            "new `--workdir`, and its `adapter` as `peft.init_from`, to continue it here."
+        )
     rows = [("", "was", "is"), *((key, was.get(key, "absent"), now.get(key, "absent")) for key in keys[:10])]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]

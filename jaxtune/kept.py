@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune.errors import CannotCreateError, NoCheckpointError, StorageError
+from jaxtune.errors import CannotCreateError, MissingInputError, NoCheckpointError, StorageError, UserError
 from jaxtune.rundir import check_manifest, sync_directory, write_json_atomic, write_manifest
 
 RECORD = "record.json"
@@ -180,3 +180,43 @@ def eval_loss_of(step: Path) -> float | None:
         return json.loads((step / RECORD).read_bytes())["metrics"].get("eval_loss")
     except (OSError, ValueError, KeyError):
         return None
+
+
+def pick(directory: Path, which: str, say: Callable[[str], None]) -> Path:
+    """A step whose every byte is as it was saved.
+
+    Args:
+      which: newest | best (by evaluation loss) | a step's number.  say: is told of damaged ones that are passed over.
+
+    Raises:
+      MissingInputError: there are none.  UserError: not the one that is asked for.  NoCheckpointError: all are damaged.
+    """
+    there = steps(directory)
+    listed = ", ".join(map(str, there))
+    if not there:
+        raise MissingInputError(f"{directory} has no checkpoints yet: there is nothing to export.")
+    if which == "newest":
+        order = there[::-1]
+    elif which == "best":
+        losses = {step: eval_loss_of(directory / str(step)) for step in there}
+        scored = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+        order = [-step for _, step in sorted(scored)]
+        if not order:
+            raise UserError(f"No checkpoint in {directory} has an evaluation loss. There are: {listed}.")
+    elif which in map(str, there):
+        order = [int(which)]
+    else:
+        raise UserError(f"There is no checkpoint {which!r} in {directory}. It can be: newest, best, {listed}.")
+    for step in order:
+        reason = verify(directory / str(step))
+        if reason is None:
+            return directory / str(step)
+        say(f"WARNING: checkpoint {step} is damaged and passed over: {reason}.")
+    raise NoCheckpointError(
+        f"No checkpoint in {directory} that was asked for ({which}) is intact. There are: {listed}."
+    )
+
+
+def read_record(step: Path) -> dict[str, Any]:
+    """step, rows, metrics, identity and leaves of a checkpoint."""
+    return json.loads((step / RECORD).read_bytes())

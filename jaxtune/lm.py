@@ -17,6 +17,7 @@ from jaxtune.data.virtual import NONE, Virtual, insert, tasks_of
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.adapters import PeftAdapter, load_adapter, place_adapters
 from jaxtune.hf.base import Base, load_base, open_base
+from jaxtune.hf.handover import differences, held_as, in_jaxtune
 from jaxtune.layers import output_logits
 from jaxtune.peft.method import virtual_of
 from jaxtune.quant import scheme_of
@@ -46,7 +47,8 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         over = f", with an adapter of type {self.peft.method.PEFT_TYPE}" if self.peft else ""
-        return f"<jaxtune.LanguageModel {self.base.id}: {count(self.base.abstract):,} parameters{over}>"
+        held = held_as(self.base.settings, str(jnp.dtype(self.base.model.dtype)))
+        return f"<jaxtune.LanguageModel {self.base.id}: {count(self.base.abstract):,} parameters, {held}{over}>"
 
     def logits(self, input_ids: Any, attention_mask: Any = None, labels: Any = None, task_id: Any = None) -> np.ndarray:
         """Logits of every position, equal to transformers' (eager attention); with a prompt or a prefix, to peft's of
@@ -137,7 +139,7 @@ class LanguageModel:
         if self.peft is None:
             raise UserError("This model has no adapter to save. Load one with jaxtune.load(..., adapter=DIR).")
         name = self.peft.base or self.base.id
-        readme = card("adapter", name, self.peft.method.PEFT_TYPE.lower())
+        readme = card("adapter", name, self.peft.method.PEFT_TYPE.lower(), over=self.peft.trained_over)
         place = (self.base, self.mesh, self.variables, self.peft, name)
         write_adapter(
             Path(directory), *place, readme=readme, say=functools.partial(warnings.warn, stacklevel=2), changes=False
@@ -149,8 +151,9 @@ class LanguageModel:
         dtype: str | None = None,
         max_shard_size: str | int = "4GB",
         onto: str | None = None,
-    ) -> None:
-        """Writes the model with the adapter folded into its weights, as a Hugging Face checkpoint.
+    ) -> float:
+        """Writes the model with the adapter folded into its weights, as a Hugging Face checkpoint; returns by how much
+        its logits differ from the adapter's, to the largest.
 
         Args:
           dtype: float32 | bfloat16 | float16; None: as the model was loaded.
@@ -170,7 +173,7 @@ class LanguageModel:
         if self.peft is None:
             raise UserError("This model has no adapter to merge. Load one with jaxtune.load(..., adapter=DIR).")
         method = self.peft.method.PEFT_TYPE.lower()
-        save_merged(
+        return save_merged(
             Path(directory),
             self.base,
             self.variables,
@@ -178,7 +181,7 @@ class LanguageModel:
             logits=logits_of(self.base, self.mesh, self.variables, self.peft),
             dtype=dtype or self.base.model.dtype,
             shard_bytes=size_of(max_shard_size),
-            readme=card("merged", self.base.id, method),
+            readme=card("merged", self.base.id, method, over=self.peft.trained_over or self.base.settings, onto=onto),
             onto=onto,
         )
 
@@ -235,6 +238,9 @@ def load(
     mesh = mesh or meshes.make_mesh(1, 1, 1, jax.devices()[:1])
     base = open_base(str(model_id), dtype=dtype, quant=scheme_of(quant, double_quant, quant_embedding))
     peft = None if adapter is None else load_adapter(Path(adapter), base.layout, soft_prompt_scale=soft_prompt_scale)
+    over = peft.trained_over if peft else None
+    for line in differences(over, base.settings):
+        warnings.warn(f"{adapter}: {line}: jaxtune.load(…{in_jaxtune(over or {})}).", stacklevel=2)
     variables = {"params": load_base(base, mesh, lambda path: jnp.dtype(dtype))}
     if peft is not None:
         variables |= place_adapters(mesh, peft.adapters)

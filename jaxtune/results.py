@@ -15,6 +15,7 @@ from jaxtune.hf import hub
 from jaxtune.hf.adapters import PeftAdapter
 from jaxtune.hf.base import Base
 from jaxtune.hf.card import Run, card
+from jaxtune.hf.handover import in_transformers
 from jaxtune.hf.merge import save_merged
 from jaxtune.hf.weights import save_params
 from jaxtune.peft import METHODS, lora, partial
@@ -89,7 +90,7 @@ def export(
     kind = export_kind(config, merged)
     where = out or workdir / kind
     name, method = section["base_model_name_or_path"] or config["model"]["id"], config["peft"]["method"]
-    readme = card(kind, name, method, run, section["push_to_hub"])
+    readme = card(kind, name, method, run, section["push_to_hub"], over=base.settings, onto=onto)
     dtype = dtype or base.model.dtype
     if kind == "model":
         how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme}
@@ -98,7 +99,7 @@ def export(
     if kind == "merged":
         how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme, "peft_type": method, "onto": onto}
         found = save_merged(where, base, variables, logits=logits_of(base, mesh, variables, peft), **how)
-        say(merge_report(dtype, found, base, onto))
+        say(merge_report(dtype, found, base.quant and base.quant.kind, onto))
         return where
     if peft is None:
         whole = partial.as_adapters(base.layout, adapted.layers, tree.flatten(variables["params"]))
@@ -111,12 +112,12 @@ def export(
     return where
 
 
-def merge_report(dtype: Any, found: float, base: Base, onto: str | None) -> str:
-    """What a merge came to, in words."""
-    if onto == "original" and base.quant:
+def merge_report(dtype: Any, found: float, quant: str | None, onto: str | None) -> str:
+    """What a merge came to, in words.  quant: of the base that the adapter was trained over."""
+    if onto == "original" and quant:
         return (
-            f"merged in {jnp.dtype(dtype)} into the original weights; the adapter was trained over their "
-            f"{base.quant.kind} rounding, so that the model differs from the trained one by what that had lost"
+            f"merged in {jnp.dtype(dtype)} into the original weights; the adapter was trained over their {quant} "
+            "rounding, so that the model differs from the trained one by what that had lost"
         )
     return f"merged in {jnp.dtype(dtype)}: logits are the adapter's but for {found:.0e} of the largest"
 
@@ -129,8 +130,9 @@ def how_to_load(where: Path, base: Base) -> str:
             f"The model is in {where}. To load it:\n"
             f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype='auto')"
         )
+    bits = in_transformers(base.settings, dtype)
     return (
         f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r}, dtype={dtype!r})\n"
+        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r}, dtype={dtype!r}{bits})\n"
         f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
     )

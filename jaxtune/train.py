@@ -22,6 +22,7 @@ from jaxtune.errors import CannotCreateError
 from jaxtune.hf import hub
 from jaxtune.hf.base import open_base
 from jaxtune.hf.card import Run
+from jaxtune.hf.handover import held_as
 from jaxtune.lm import encode_prompt
 from jaxtune.metrics import MetricsLog
 from jaxtune.quant import scheme_of
@@ -93,7 +94,7 @@ def train(
     total = math.ceil(end / size)
     if c.optim.warmup_steps >= total:
         console.say(
-            f"warning: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
+            f"WARNING: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
             "reaches `optim.learning_rate`"
         )
 
@@ -112,8 +113,10 @@ def train(
 
     with jax.set_mesh(mesh):
         # ------------------------------------------------------------ Model, adapters, optimiser
+        form = held_as(base.settings, c.model.dtype)
         console.say(
-            f"model: {c.model.id}, {tree.count(base.abstract):,} parameters, on {mesh.size} {jax.default_backend()}"
+            f"model: {c.model.id}, {tree.count(base.abstract):,} parameters, {form}, on {mesh.size} "
+            f"{jax.default_backend()}"
         )
         how = {"dtype": c.model.dtype, "seed": c.train.seed, "total_steps": total}
         encode = functools.partial(encode_prompt, tokenizer)

@@ -88,7 +88,7 @@ def test_what_is_handed_over_wrongly_is_named(recipe, tmp_path):
     lines = adapt.handed_over(to_json(c)["peft"], open_base(str(tmp_path / "other")))
     expected = [
         "its base was another: other weights, or the same ones saved in another way",
-        "its base was quantised (model.quant=nf4), and is not quantised now: the loss will have a step",
+        "its base was quantised (quant=nf4), and is not quantised now. Over the same one it computes what was trained",
         "it adapts q_proj, v_proj, and the config asks for down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
         "v_proj: its own targets stand",
         "its r is 3, and `peft.r` 4: its own stands",

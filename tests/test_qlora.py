@@ -282,8 +282,8 @@ def test_differences_of_a_hand_over():
     assert differences(None, was) == differences(was, was) == []
     (line,) = differences(was, trained_over("a", "nf4", False, False))
     assert line == (
-        "its base was quantised (model.quant=nf4) with double_quant, and is quantised (model.quant=nf4) now: the loss "
-        "will have a step"
+        "its base was quantised (quant=nf4, double_quant), and is quantised (quant=nf4) now. Over the same one it "
+        "computes what was trained"
     )
     other, unquantised = differences(was, trained_over("b", None, False, False))
     assert "other weights" in other and "and is not quantised now" in unquantised

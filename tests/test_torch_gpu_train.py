@@ -19,11 +19,12 @@ from safetensors.numpy import load_file
 from test_torch_gpu import adapter_of
 
 import jaxtune
+import jaxtune.export
 import jaxtune.train
 from jaxtune import cli
 from jaxtune.config import ASSETS
 from jaxtune.errors import DataError, DivergedError, NoCheckpointError, UserError
-from torch_gpu import loop, method, train
+from torch_gpu import export, loop, method, train
 
 TINY = ASSETS / "tiny_gemma"
 
@@ -216,7 +217,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", quick(RESUMED, "lora", "p_tuning", "adalora"))
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_run_that_was_stopped_ends_in_the_same_bits(name, run, monkeypatch):
+def test_a_run_that_was_stopped_ends_in_the_same_bits(name, run, monkeypatch, capsys):
     code, whole = run("whole", *RESUMED[name])
     assert code == 0
     with monkeypatch.context() as patch:
@@ -224,6 +225,15 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(name, run, monkeypatch):
         code, stopped = run("stopped", *RESUMED[name])
     assert code == 75 and json.loads((stopped / "run.json").read_text())["status"] == "stopped"
     assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == ["2", "3", "tmp"]
+    if name == "lora":  # over NF4, which writing its adapter does without
+        assert export.main([str(stopped)]) == 0
+        trained = load_file(stopped / "checkpoints" / "3" / loop.TRAINABLE)
+        same_bits(adapter(stopped), {n.replace(".default.", "."): value for n, value in trained.items()})
+        assert "quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"is a run of torch_gpu.*python -m torch_gpu\.export"):
+            jaxtune.export.main([str(stopped)])
+        with pytest.raises(UserError, match=r"Go on with it by python -m torch_gpu\.train"):
+            run("stopped", *RESUMED[name], main=jaxtune.train.main)
     assert run("stopped", *RESUMED[name])[0] == 0
     same_bits(adapter(stopped), adapter(whole))
     for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):

@@ -29,14 +29,14 @@ Before you run it:
 1. **Accelerator**: Settings → Accelerator → {accelerator}.
 2. **Internet**: Settings → Internet on (Kaggle asks for a verified phone number first).
 3. **Licence**: accept Gemma's on [its page](https://huggingface.co/google/gemma-2-2b-it), logged in at Hugging Face.
-4. **Token**: make a read token at Hugging Face, and store it here under Add-ons → Secrets as `HF_TOKEN`, attached to
-   this notebook.
+4. **Token**: make a token at Hugging Face (to read; to push the result, to write), and store it here under Add-ons →
+   Secrets as `HF_TOKEN`, attached to this notebook.
 5. **jaxtune**: attach the repository as a dataset (Add Input), or clone it; `SOURCE` below is where it lies.
 
 Then Run All. For a long run take Save Version → Save & Run All: it goes on when the browser is closed, and what is in
 `/kaggle/working` at its end is kept as the version's output.
 
-This file is made by `tools/make_notebooks.py`."""
+This file is made by `tools/make_notebooks.py`. jaxtune's tests run it on a CPU; on Kaggle it has not been run yet."""
 
 SETTINGS = """\
 ## Settings
@@ -260,9 +260,15 @@ import transformers
 adapter = Path(WORKDIR, "adapter")
 if adapter.exists():
     config = json.loads(Path(WORKDIR, "config.json").read_text())["model"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = transformers.AutoModelForCausalLM.from_pretrained(config["id"], dtype=config["dtype"])
-    model = peft.PeftModel.from_pretrained(base, adapter).to(device).eval()
+    device, dtype, bits = "cuda:0" if torch.cuda.is_available() else "cpu", config["dtype"], None
+    if device != "cpu" and torch.cuda.get_device_capability() < (8, 0):
+        dtype = "float32"  # no bfloat16 here, and float16 is too small for Gemma
+    if config["quant"] == "nf4":  # the base that the adapter was trained over
+        how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": config["double_quant"]}
+        bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **how)
+    place = {"dtype": dtype, "quantization_config": bits, "device_map": {"": device}}
+    base = transformers.AutoModelForCausalLM.from_pretrained(config["id"], **place)
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(config["id"])
     chat = [{"role": "user", "content": PROMPT}]
     tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -277,7 +283,8 @@ import jaxtune
 adapter = Path(WORKDIR, "adapter")
 if adapter.exists():
     config = json.loads(Path(WORKDIR, "config.json").read_text())["model"]
-    lm = jaxtune.load(config["id"], adapter=adapter, dtype=config["dtype"])
+    how = {key: config[key] for key in ("dtype", "quant", "double_quant", "quant_embedding")}
+    lm = jaxtune.load(config["id"], adapter=adapter, **how)
     print(lm.generate([[{"role": "user", "content": PROMPT}]], max_new_tokens=64)[0])
 else:
     print("There is no adapter yet: run the training cell again, to its end.")"""
@@ -285,12 +292,14 @@ else:
 SHARE = """\
 ## Keep it, and go on elsewhere
 
-`adapter` in the run directory is all that is needed; it is in this version's output. The command below, without its
+`adapter` in the run directory is all that is needed; it is in this version's output. (Of a run that was stopped it is
+written by `python -m {program}.export WORKDIR`.) The command below, without its
 `#`, puts it on the Hugging Face Hub, with a token that may write.
 
 To train the same adapter further on {other}, open `notebooks/{notebook}.ipynb` there, attach this output as input and
-add `--config.peft.init_from=/kaggle/input/NAME/…/adapter` to its `EXTRA`. A Hub adapter is downloaded first, with
-`hf download me/my-adapter --local-dir adapter`. Rank and targets are then the adapter's own."""
+add `--config.peft.init_from=/kaggle/input/NAME/…/adapter` and `--config.model.quant={quant}` to its `EXTRA`: it was
+trained over such weights, and over others the loss would have a step (`docs/exchange.md`). A Hub adapter is downloaded
+first, with `hf download me/my-adapter --local-dir adapter`. Rank and targets are then the adapter's own."""
 
 PUSH = """\
 # !{sys.executable} -m jaxtune.export {WORKDIR}/adapter --push_to_hub me/my-adapter"""
@@ -322,7 +331,7 @@ T4X2 = [
     ("code", SAMPLES),
     ("markdown", USE.format(holds="memory of a GPU")),
     ("code", USE_GPU),
-    ("markdown", SHARE.format(other="a TPU", notebook="kaggle_tpu_v5e8")),
+    ("markdown", SHARE.format(other="a TPU", notebook="kaggle_tpu_v5e8", quant="nf4", program="torch_gpu")),
     ("code", PUSH),
 ]
 
@@ -350,7 +359,7 @@ TPU_V5E8 = [
     ("code", SAMPLES),
     ("markdown", USE.format(holds="the TPU")),
     ("code", USE_TPU),
-    ("markdown", SHARE.format(other="GPUs", notebook="kaggle_t4x2")),
+    ("markdown", SHARE.format(other="GPUs", notebook="kaggle_t4x2", quant="none", program="jaxtune")),
     ("code", PUSH),
 ]
 

@@ -261,12 +261,7 @@ class Trainer(transformers.Trainer):
         save_file(tensors, Path(output_dir) / TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored, found = load_file(Path(resume_from_checkpoint) / TRAINABLE), method.trainable(self.model)
-        check_same(f"Checkpoint {resume_from_checkpoint}", spec_of(stored), spec_of(found))
-        with torch.no_grad():
-            for name, parameter in found.items():
-                parameter.copy_(stored[name])
-        adalora.load(self.model, Path(resume_from_checkpoint))
+        restore(self.model, Path(resume_from_checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None: ...
 
@@ -300,6 +295,20 @@ class Rules(transformers.TrainerCallback):
         # To Trainer the run is one epoch, and what was due after its last step would be done again.
         control.should_evaluate = control.should_save = False
         return control
+
+
+@torch.no_grad()
+def restore(adapted: Any, step: Path) -> None:
+    """Puts what a checkpoint has trained into peft's model.
+
+    Raises:
+      UserError: the checkpoint holds other tensors.
+    """
+    stored, found = load_file(step / TRAINABLE), method.trainable(adapted)
+    check_same(f"Checkpoint {step}", spec_of(stored), spec_of(found))
+    for name, parameter in found.items():
+        parameter.copy_(stored[name])
+    adalora.load(adapted, step)
 
 
 def spec_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -53,7 +53,8 @@ def settings_of(name: str) -> list[str]:
     """
     if name in ("full", "partial"):
         raise UserError(
-            f"`peft.method` is {name}, which trains the base itself. torch_gpu trains adapters; take jaxtune.train. "
+            f"`peft.method` is {name}, which trains the base itself. torch_gpu trains adapters; take jaxtune.train, "
+            "with `model.quant` None. "
             f"Here it can be: {', '.join(CONFIGS)}."
         )
     if name not in CONFIGS:
@@ -292,6 +293,14 @@ def handed_over(section: dict[str, Any], adapted: Any, linear: Sequence[str], ov
     names = [{name.rsplit(".", 1)[-1] for name in targets or ()} for targets in (stored, wanted)]
     lines = handover.differences(handover.read_ours(Path(section["init_from"]).expanduser()).get("base"), over)
     return lines + handover.others(config, asked, *names)
+
+
+def changed(adapted: Any) -> dict[str, Any]:
+    """An adapter's settings that are not peft's defaults."""
+    config = adapted.peft_config["default"]
+    usual = {f.name: f.default for f in dataclasses.fields(config)}
+    own = {name: getattr(config, name) for name in usual if getattr(config, name) is not None}
+    return {n: v for n, v in own.items() if v != usual[n] and v and n not in ("peft_type", "task_type", "peft_version")}
 
 
 def export(adapted: Any, where: Path, *, name: str, readme: str, over: Mapping[str, Any]) -> None:

@@ -196,5 +196,5 @@ def check_widths(base: Described) -> None:
         if LINEAR.search(name) and shape[-1] % 64:
             raise UserError(
                 f"`model.quant` is nf4, and {name} has rows of {shape[-1]}: on a CPU bitsandbytes computes NF4 rightly "
-                "only where they are multiples of 64. Use a GPU, or leave the model unquantised."
+                "only where they are multiples of 64. Use a GPU, or set `model.quant` to int8 or None."
             )

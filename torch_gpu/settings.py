@@ -30,7 +30,7 @@ def check(plain: dict[str, Any]) -> None:
             "jaxtune.train."
         )
     if plain["model"]["double_quant"] and plain["model"]["quant"] != "nf4":
-        raise UserError("`model.double_quant` is true, and `model.quant` is not nf4, whose scales it is about.")
+        raise UserError("`model.double_quant` is true, and `model.quant` is not nf4. Set `model.quant` to nf4.")
     method.given(plain["peft"])
     if plain["export"]["format"] == "checkpoint":
         raise UserError("`export.format` is checkpoint. torch_gpu trains adapters; unset it.")
@@ -57,12 +57,6 @@ def remat(c: Any, say: Callable[[str], None]) -> bool:
         say("`train.remat` is none here: transformers' checkpointing drops the keys and values of a prefix")
         return False
     return wanted
-
-
-def held_as(plain: dict[str, Any], dtype: torch.dtype) -> str:
-    """How the base is held: 'nf4 over float16'."""
-    quant, name = plain["model"]["quant"], str(dtype).removeprefix("torch.")
-    return f"{quant} over {name}" if quant else name
 
 
 def together(look: Callable[[], Any], processes: Processes) -> Any:

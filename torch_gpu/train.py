@@ -10,7 +10,7 @@ import functools
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxtune.hf import hub
 from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import fingerprint as weights_of
 from jaxtune.hf.files import read_json
-from jaxtune.hf.handover import trained_over
+from jaxtune.hf.handover import held_as, in_transformers, trained_over
 from jaxtune.identity import check_same, identity
 from jaxtune.metrics import MetricsLog, StepLog
 from jaxtune.rundir import STOPPED
@@ -123,7 +123,7 @@ def train(
     total = math.ceil(end / size)
     if c.optim.warmup_steps >= total:
         console.say(
-            f"warning: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
+            f"WARNING: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
             "reaches `optim.learning_rate`"
         )
 
@@ -136,16 +136,14 @@ def train(
     over = trained_over(weights_of(base.directory), c.model.quant, c.model.double_quant, False)
     loaded = model.load(base, plain["model"], dtype, where)
     parameters = sum(math.prod(shape) for shape in base.shapes.values())
-    console.say(
-        f"model: {c.model.id}, {parameters:,} parameters, {settings.held_as(plain, dtype)}, on {processes.count} "
-        f"{device.type}"
-    )
+    form = held_as(plain["model"], str(dtype)[6:])
+    console.say(f"model: {c.model.id}, {parameters:,} parameters, {form}, on {processes.count} {device.type}")
     encode, linear = functools.partial(encode_text, tokenizer), method.linear_layers(loaded)
     adapted = method.adapt(loaded, plain["peft"], total_steps=total, quantised=c.model.quant is not None, encode=encode)
     trained = sum(p.numel() for p in method.trainable(adapted).values())
     console.say(f"{c.peft.method}: {trained:,} parameters train, learning rate {c.optim.learning_rate:g}")
     if c.peft.init_from:
-        console.say(f"  from {c.peft.init_from}, with its settings: {adapted.peft_config['default']}")
+        console.say(f"  from {c.peft.init_from}, with its settings: {method.changed(adapted)}")
         for line in method.handed_over(plain["peft"], adapted, linear, over):
             console.say(f"WARNING: {c.peft.init_from}: {line}")
     remat = settings.remat(c, console.say)
@@ -244,9 +242,9 @@ def train(
         note(base_parameters=parameters, trainable_parameters=trained, peak_memory_bytes=peak_memory(device))
         rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
         out = workdir / "adapter"
-        readme = card("adapter", name, c.peft.method, Run(plain, scores), c.export.push_to_hub)
+        readme = card("adapter", name, c.peft.method, Run(plain, scores), c.export.push_to_hub, over=over)
         method.export(adapted, out, name=name, readme=readme, over=over)
-        console.say(how_to_load(out, base.directory, dtype))
+        console.say(how_to_load(out, base.directory, dtype, over))
         if c.export.push_to_hub:
             hub.publish(out, c.export.push_to_hub, private=c.export.private, say=console.say)
     return 0
@@ -280,11 +278,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def how_to_load(where: Path, base: Path, dtype: torch.dtype) -> str:
+def how_to_load(where: Path, base: Path, dtype: torch.dtype, over: Mapping[str, Any]) -> str:
     """What to type to use the result."""
+    bits = in_transformers(over, str(dtype)[6:])
     return (
         f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base)!r}, dtype={str(dtype)[6:]!r})\n"
+        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base)!r}, dtype={str(dtype)[6:]!r}{bits})\n"
         f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
     )
 

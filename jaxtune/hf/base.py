@@ -62,8 +62,17 @@ class Base:
 
     def as_trained_over(self) -> dict[str, Any]:
         """What is written beside an adapter that was trained over it."""
+        return trained_over(self.fingerprint(), **self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is quantised, by the config's keys."""
         q = self.quant
-        return trained_over(self.fingerprint(), q and q.kind, bool(q and q.double), bool(q and q.embedding))
+        return {
+            "quant": q and q.kind,
+            "double_quant": bool(q and q.double),
+            "quant_embedding": bool(q and q.embedding),
+        }
 
 
 def open_base(

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from jaxtune import __version__
+from jaxtune.hf import handover
 
 # Data files, by what `datasets` calls their kind.
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -49,14 +50,28 @@ def public(value: Any) -> Any:
     return value
 
 
-def card(kind: str, base: str, method: str, run: Run | None = None, repo_id: str | None = None) -> str:
+def card(
+    kind: str,
+    base: str,
+    method: str,
+    run: Run | None = None,
+    repo_id: str | None = None,
+    *,
+    over: Mapping[str, Any] | None = None,
+    onto: str | None = None,
+) -> str:
     """README.md of an export.
 
     Args:
       kind: adapter | merged | model (what `full` and `partial` train).  base: the base's name.  method: e.g. lora.
-      repo_id: where it will be, if that is known.
+      repo_id: where it will be, if that is known.  over: the base as `handover.trained_over` has it; None: as the
+        run's config.  onto: of a merge over a quantised base, dequantised | original.
     """
     run = run or Run()
+    over = (run.config or {}).get("model", {}) if over is None else over
+    quantised = handover.how(over)
+    if onto == "original":
+        run = run._replace(scores={})  # they are the trained model's
     on_hub = is_hub_id(base)
     section: Mapping[str, Any] = (run.config or {}).get("export", {})
     language = section.get("language")
@@ -77,7 +92,10 @@ def card(kind: str, base: str, method: str, run: Run | None = None, repo_id: str
         "model": f"Trained ({method}) from",
     }[kind]
     parts = [f"# {short}-{method}", f"{what} `{short if not on_hub else base}`, made with jaxtune {__version__}."]
-    parts += [_loading(kind, base if on_hub else "BASE_MODEL", repo_id)]
+    if over.get("quant"):
+        merged = MERGED_ONTO.get(onto, "") if kind == "merged" and onto else ""
+        parts += [f"It was trained over that base {quantised}.{merged}"]
+    parts += [_loading(kind, base if on_hub else "BASE_MODEL", repo_id, over)]
     scores = {name: run.scores[key] for key, (_, name) in METRICS.items() if key in run.scores}
     if scores:
         lines = "\n".join(f"| {name} | {value:.6g} |" for name, value in scores.items())
@@ -93,6 +111,12 @@ def card(kind: str, base: str, method: str, run: Run | None = None, repo_id: str
             f"{fence}json\n{text}\n{fence}",
         ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+MERGED_ONTO = {
+    "dequantised": " What is merged is that base, dequantised: this model is the trained one.",
+    "original": " It is merged into the weights as they were before, and differs from the trained model by that loss.",
+}
 
 
 def _hub_datasets(run: Run) -> list[str]:
@@ -119,7 +143,7 @@ def _results(run: Run) -> list[EvalResult]:
     ]
 
 
-def _loading(kind: str, base: str, repo_id: str | None) -> str:
+def _loading(kind: str, base: str, repo_id: str | None, over: Mapping[str, Any]) -> str:
     known = repo_id if repo_id and "/" in repo_id else None
     where = known or "THIS_DIRECTORY_OR_HUB_ID"
     if kind != "adapter":
@@ -143,12 +167,12 @@ lm = jaxtune.load("{where}")
 ```python
 import peft, transformers
 
-base = transformers.AutoModelForCausalLM.from_pretrained("{base}")
+base = transformers.AutoModelForCausalLM.from_pretrained("{base}"{handover.in_transformers(over)})
 model = peft.PeftModel.from_pretrained(base, "{where}")
 ```
 
 ```python
 {needs}
 
-lm = jaxtune.load("{base}", adapter={here})
+lm = jaxtune.load("{base}", adapter={here}{handover.in_jaxtune(over)})
 ```"""

@@ -48,7 +48,7 @@ def differences(was: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[s
     if "fingerprint" in now and was.get("fingerprint") != now["fingerprint"]:
         lines.append("its base was another: other weights, or the same ones saved in another way")
     if how(was) != how(now):
-        lines.append(f"its base was {how(was)}, and is {how(now)} now: the loss will have a step")
+        lines.append(f"its base was {how(was)}, and is {how(now)} now. Over the same one it computes what was trained")
     return lines
 
 
@@ -77,8 +77,34 @@ def others(
 
 
 def how(base: Mapping[str, Any]) -> str:
-    """How a base is quantised, in the words of the config."""
+    """How a base is quantised, in the words of the config: 'quantised (quant=nf4, double_quant)'."""
     if not base.get("quant"):
         return "not quantised"
-    more = [key for key in ("double_quant", "quant_embedding") if base.get(key)]
-    return " with ".join([f"quantised (model.quant={base['quant']})", *more])
+    return f"quantised ({', '.join(['quant=' + base['quant'], *_more(base)])})"
+
+
+def held_as(base: Mapping[str, Any], dtype: str) -> str:
+    """In what a base is held: 'nf4 over bfloat16', 'bfloat16'."""
+    return " over ".join(filter(None, [" with ".join(filter(None, [base.get("quant"), *_more(base)])), dtype]))
+
+
+def in_jaxtune(base: Mapping[str, Any]) -> str:
+    """What `jaxtune.load` takes for such a base, after a comma."""
+    if not base.get("quant"):
+        return ""
+    return "".join(f", {setting}" for setting in (f'quant="{base["quant"]}"', *(f"{key}=True" for key in _more(base))))
+
+
+def in_transformers(base: Mapping[str, Any], dtype: str = "bfloat16") -> str:
+    """What transformers' `from_pretrained` takes for such a base, after a comma."""
+    if not base.get("quant"):
+        return ""
+    settings = "load_in_8bit=True"
+    if base["quant"] == "nf4":
+        settings = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}"'
+        settings += ", bnb_4bit_use_double_quant=True" * bool(base.get("double_quant"))
+    return f", quantization_config=transformers.BitsAndBytesConfig({settings})"
+
+
+def _more(base: Mapping[str, Any]) -> list[str]:
+    return [key for key in ("double_quant", "quant_embedding") if base.get("quant") and base.get(key)]

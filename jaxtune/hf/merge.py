@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune import tree
-from jaxtune.errors import ExportError, UserError
+from jaxtune.errors import ExportError, UserError, did_you_mean
 from jaxtune.hf import bnb
 from jaxtune.hf.base import Base
 from jaxtune.hf.rows import Row
@@ -162,7 +162,7 @@ def originals(base: Base, onto: str | None) -> Callable[[Row, int], np.ndarray] 
       UserError: one of the two must be asked for, or there are no originals.
     """
     if onto not in (None, *ONTO):
-        raise UserError(f"onto is {onto!r}. It can be: {', '.join(ONTO)}.")
+        raise UserError(f"--onto is {onto!r}. It can be: {', '.join(ONTO)}.{did_you_mean(onto, ONTO)}")
     if base.quant is None:
         if onto == "dequantised":
             raise UserError("onto=dequantised is for a quantised base, and this one is not.")

@@ -73,8 +73,8 @@ def scheme_of(kind: str | None, double: bool = False, embedding: bool = False) -
       UserError: an unknown kind, or settings of another.
     """
     if kind is not None and kind not in KINDS:
-        raise UserError(f"`model.quant` is {kind!r}. It can be: None, {', '.join(KINDS)}.")
+        raise UserError(f"`model.quant` is {kind!r}. It can be: None, {', '.join(KINDS)}. QLoRA's four bits are nf4.")
     for key, value in (("double_quant", double and kind != "nf4"), ("quant_embedding", embedding and kind is None)):
         if value:
-            raise UserError(f"`model.{key}` is set, and `model.quant` is {kind}. Set it to nf4.")
+            raise UserError(f"`model.{key}` is set, and `model.quant` is {kind}. Set `model.quant` to nf4.")
     return None if kind is None else Scheme(kind, double, embedding)
