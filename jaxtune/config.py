@@ -29,9 +29,11 @@ CHOICES = {
     "export.format": (None, "checkpoint", "adapter"),
 }
 
+# What other libraries call it: (key, a part of the value) to what it is here.
 HINTS = {
-    "model.quant": "QLoRA's four bits are nf4.",
-    "optim.name": "What other libraries call paged is `optim.offload=True` (docs/quantisation.md).",
+    ("model.quant", "4"): "QLoRA's four bits are nf4.",
+    ("model.quant", "NF"): "It is written nf4.",
+    ("optim.name", "paged"): "A paged optimiser is `optim.offload=True` (docs/quantisation.md).",
 }
 
 # Inclusive lower bounds.
@@ -162,9 +164,10 @@ def check(config: Any) -> None:
     for path, choices in CHOICES.items():
         if known[path] not in choices:
             options = ", ".join(map(str, choices))
+            hint = next((h for (key, part), h in HINTS.items() if key == path and part in str(known[path])), "")
             raise UserError(
                 f"`{path}` is {shown(known[path])}. It can be: {options}. "
-                + (HINTS.get(path) or did_you_mean(known[path], map(str, choices)).strip())
+                + (hint or did_you_mean(known[path], map(str, choices)).strip())
             )
     for path, low in MINIMUM.items():
         if known[path] is not None and known[path] < low:

@@ -26,7 +26,7 @@ PLAIN = (
     "errors typing defaults config cli rundir kept identity answers tensorboard metrics console signals data spm "
     "tokenizer"
 )
-PLAIN_FILES = {"jaxtune.models", "jaxtune.hf.files", "jaxtune.hf.card", "jaxtune.hf.hub"}
+PLAIN_FILES = {"jaxtune.models", "jaxtune.hf.files", "jaxtune.hf.card", "jaxtune.hf.handover", "jaxtune.hf.hub"}
 ARRAYS = {"jax", "jaxlib", "flax", "optax", "orbax"}
 REFERENCES = {"torch", "transformers", "peft", "bitsandbytes"}  # For tests and torch_gpu/.
 
