@@ -25,8 +25,10 @@ METHODS = {
     "lora": ["peft.r=3", "peft.lora_alpha=7.0", "peft.lora_dropout=0.1"],
     "p_tuning": ["peft.num_virtual_tokens=5", "peft.encoder_hidden_size=32"],
     "ia3": [],
-    "prefix_tuning": ["peft.num_virtual_tokens=4", "optim.learning_rate=0.05"],
+    "prefix_tuning": ["peft.num_virtual_tokens=4"],
 }
+# Prompts and prefixes move at these, and hardly at LoRA's.
+RATES = {"prompt_tuning": 0.05, "prefix_tuning": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,7 @@ def test_begun_on_a_gpu_and_continued_on_both(name, recipe, tmp_path):
         method = "prompt_tuning" if before and name == "p_tuning" else name  # the file has no encoder
         keys = [*common, f"peft.method={method}", f"train.seed={number}"]
         keys += [f"peft.init_from={before}"] if before else METHODS[name]
-        if before and name == "p_tuning":
-            keys.append("optim.learning_rate=0.05")
+        keys += [f"optim.learning_rate={RATES[method]}"] if method in RATES else []
         assert main(words(recipe, tmp_path / str(number), *keys)) == 0
         losses = [row["eval_loss"] for row in tiny_run.metrics(tmp_path / str(number)) if "eval_loss" in row]
         assert len(losses) == 2
