@@ -130,7 +130,7 @@ def export_run(workdir: Path, arguments: argparse.Namespace) -> Path:
     usual = kind if arguments.checkpoint == "newest" else f"{kind}-{arguments.checkpoint}"
     out = Path(arguments.out).expanduser() if arguments.out else workdir / usual
     check_replaceable(out, base.directory)
-    if record["identity"].get("base", base.fingerprint()) != base.fingerprint():
+    if record["identity"].get("base", base.fingerprint) != base.fingerprint:
         raise UserError(
             f"{base.directory} is not the model that {workdir} trained on: its files are others. Give that with --base."
         )

@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from jaxtune import tree
 from jaxtune.adapt import Adapted
 from jaxtune.errors import UserError
-from jaxtune.hf import hub
+from jaxtune.hf import handover, hub
 from jaxtune.hf.adapters import PeftAdapter
 from jaxtune.hf.base import Base
 from jaxtune.hf.card import Run, card
-from jaxtune.hf.handover import in_transformers
 from jaxtune.hf.merge import save_merged
 from jaxtune.hf.weights import save_params
 from jaxtune.peft import METHODS, lora, partial
@@ -124,15 +123,9 @@ def merge_report(dtype: Any, found: float, quant: str | None, onto: str | None) 
 
 def how_to_load(where: Path, base: Base) -> str:
     """What to type to use the result in transformers and peft."""
-    dtype = str(jnp.dtype(base.model.dtype))
     if not (where / "adapter_config.json").exists():
         return (
             f"The model is in {where}. To load it:\n"
             f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype='auto')"
         )
-    bits = in_transformers(base.settings, dtype)
-    return (
-        f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base.directory)!r}, dtype={dtype!r}{bits})\n"
-        f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
-    )
+    return handover.how_to_load(where, base.directory, str(jnp.dtype(base.model.dtype)), base.settings)

@@ -149,7 +149,7 @@ def train(
             return evaluate.answer(base.model, adapted.variables(trainable), tokenizer, prompts, **how)
 
         # ------------------------------------------------------------ Resume
-        same = identity(plain, total, base=base.fingerprint(), rows=fingerprint(rows))
+        same = identity(plain, total, base=base.fingerprint, rows=fingerprint(rows))
         keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n}
         with Checkpoints(workdir / "checkpoints", **keep, identity=same, say=console.say) as checkpoints:
             state, cursor = resume(checkpoints, state)

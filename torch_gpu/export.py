@@ -16,10 +16,10 @@ from jaxtune import cli, config, kept
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import check_replaceable, fingerprint
-from jaxtune.hf.handover import trained_over
+from jaxtune.hf.handover import how_to_load, trained_over
 from jaxtune.tokenizer import load_tokenizer
 from torch_gpu import loop, method, model, quiet
-from torch_gpu.train import encode_text, how_to_load
+from torch_gpu.train import encode_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,7 +74,7 @@ def export(workdir: Path, arguments: argparse.Namespace) -> None:
     scores = {key: float(value) for key, value in record["metrics"].items()}
     readme = card("adapter", name, c.peft.method, Run(plain, scores), over=over)
     method.export(adapted, out, name=name, readme=readme, over=over)
-    print(f"{step} of {workdir}\n{how_to_load(out, base.directory, dtype, over)}")
+    print(f"{step} of {workdir}\n{how_to_load(out, base.directory, c.model.dtype, over)}")
 
 
 if __name__ == "__main__":

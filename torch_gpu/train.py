@@ -10,7 +10,7 @@ import functools
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxtune.hf import hub
 from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import fingerprint as weights_of
 from jaxtune.hf.files import read_json
-from jaxtune.hf.handover import held_as, in_transformers, trained_over
+from jaxtune.hf.handover import held_as, how_to_load, trained_over
 from jaxtune.identity import check_same, identity
 from jaxtune.metrics import MetricsLog, StepLog
 from jaxtune.rundir import STOPPED
@@ -244,7 +244,7 @@ def train(
         out = workdir / "adapter"
         readme = card("adapter", name, c.peft.method, Run(plain, scores), c.export.push_to_hub, over=over)
         method.export(adapted, out, name=name, readme=readme, over=over)
-        console.say(how_to_load(out, base.directory, dtype, over))
+        console.say(how_to_load(out, base.directory, str(dtype)[6:], over))
         if c.export.push_to_hub:
             hub.publish(out, c.export.push_to_hub, private=c.export.private, say=console.say)
     return 0
@@ -276,16 +276,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Kilobytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def how_to_load(where: Path, base: Path, dtype: torch.dtype, over: Mapping[str, Any]) -> str:
-    """What to type to use the result."""
-    bits = in_transformers(over, str(dtype)[6:])
-    return (
-        f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(base)!r}, dtype={str(dtype)[6:]!r}{bits})\n"
-        f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A model on disk: opened (shapes, names, config) without reading a weight, then loaded onto a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,14 @@ class Base:
             c.family, tuple(self.sites), c.tied, c.width**0.5, **sizes, **heads, text_prefix=prefix, quant=kind
         )
 
+    @functools.cached_property
     def fingerprint(self) -> str:
+        """Of its files (`hf.files.fingerprint`), which are read once."""
         return fingerprint(self.directory)
 
     def as_trained_over(self) -> dict[str, Any]:
         """What is written beside an adapter that was trained over it."""
-        return trained_over(self.fingerprint(), **self.settings)
+        return trained_over(self.fingerprint, **self.settings)
 
     @property
     def settings(self) -> dict[str, Any]:

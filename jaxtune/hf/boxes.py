@@ -42,12 +42,13 @@ def load_box(row: Row, stored: Mapping[str, Stored], mesh: Mesh, scheme: Scheme,
         plain = next(name for name in row.names if stored[name].beside is None)
         raise UserError(f"{plain} is not quantised in the checkpoint, and other layers are. jaxtune stacks the layers.")
 
+    quantise = _quantiser(scheme, axis, where, jax.ShapeDtypeStruct(shape, dtype))
+
     def one(layer: int) -> Quantised:
         if packed == {True}:
             box = bnb.box_of(row.names[layer], *read_packed(stored[row.names[layer]]))
             return jax.tree.map(jax.device_put, box, place(where, box))
-        w = read_layer(row, stored, layer, NamedSharding(mesh, where.codes.spec), dtype)
-        return _quantise(w, scheme, axis, where)
+        return quantise(read_layer(row, stored, layer, NamedSharding(mesh, where.codes.spec), dtype))
 
     if not row.stacked:
         return one(0)
@@ -101,10 +102,10 @@ def place(where: Any, box: Quantised) -> Quantised:
     return jax.tree.unflatten(jax.tree.structure(box), jax.tree.leaves(where))
 
 
-def _quantise(w: jax.Array, scheme: Scheme, axis: int, where: Any) -> Quantised:
-    function = functools.partial(scheme.quantise, axis=axis)
-    shardings = place(where, jax.eval_shape(function, w))
-    return _compiled(scheme, axis, tuple(jax.tree.leaves(shardings)), jax.tree.structure(shardings))(w)
+def _quantiser(scheme: Scheme, axis: int, where: Any, weight: jax.ShapeDtypeStruct) -> Any:
+    """The compiled function of one layer's weight to its box."""
+    shardings = place(where, jax.eval_shape(functools.partial(scheme.quantise, axis=axis), weight))
+    return _compiled(scheme, axis, tuple(jax.tree.leaves(shardings)), jax.tree.structure(shardings))
 
 
 @functools.lru_cache

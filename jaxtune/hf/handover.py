@@ -106,5 +106,15 @@ def in_transformers(base: Mapping[str, Any], dtype: str = "bfloat16") -> str:
     return f", quantization_config=transformers.BitsAndBytesConfig({settings})"
 
 
+def how_to_load(where: Path, directory: Path, dtype: str, base: Mapping[str, Any]) -> str:
+    """What to type to use an adapter in transformers and peft.  directory: of the base."""
+    return (
+        f"The PEFT adapter is in {where}. To load it:\n"
+        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype={dtype!r}"
+        f"{in_transformers(base, dtype)})\n"
+        f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
+    )
+
+
 def _more(base: Mapping[str, Any]) -> list[str]:
     return [key for key in ("double_quant", "quant_embedding") if base.get("quant") and base.get(key)]
