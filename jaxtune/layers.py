@@ -90,20 +90,21 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Gemma's norm: x / rms(x) * (1 + scale), in float32 (transformers' `Gemma2RMSNorm`)."""
+    """x / rms(x) * (offset + scale), in float32: transformers' `Gemma2RMSNorm` with offset 1, `LlamaRMSNorm` with 0."""
 
     eps: float
+    offset: float
     axes: tuple[str] = ("norm",)
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = weight_of(self, "scale", nn.initializers.zeros, self.axes, x.shape[-1:])
+        scale = weight_of(self, "scale", nn.initializers.constant(1.0 - self.offset), self.axes, x.shape[-1:])
         adapter = adapter_of(self, "scale")
         if adapter is not None:
             scale = adapter.weight(scale)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        gain = jnp.expand_dims(1.0 + scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        gain = jnp.expand_dims(self.offset + scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
         return (x32 * gain).astype(x.dtype)
 
 
@@ -116,15 +117,16 @@ class Embedding(nn.Module):
 
     vocab: int
     features: int
+    scale: float
 
     def setup(self):
         self.base = _table(self, self.vocab, self.features)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        """Rows of the table, times sqrt(D) rounded to the activations' dtype as transformers does."""
+        """Rows of the table, times `scale` rounded to the activations' dtype as transformers does."""
         adapter = adapter_of(self, "table")
         rows = take_rows(self.base, tokens) if adapter is None else adapter.embed(self.base, tokens)
-        return rows.astype(dtype) * jnp.asarray(self.features**0.5, dtype)
+        return rows.astype(dtype) if self.scale == 1 else rows.astype(dtype) * jnp.asarray(self.scale, dtype)
 
     def tied(self) -> Any:
         """The table of a head that is tied to it, an array or a box.  As in PEFT an adapter does not reach it, unless

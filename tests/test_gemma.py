@@ -108,7 +108,7 @@ def test_published_names(shared):
     """Every text tensor of the published Gemma 3 4B, by name and shape, and no other."""
     stored = json.loads((shared / "configs" / "gemma3_hf_param_shapes.json").read_text())
     config = json.loads((shared / "configs" / "gemma3-4b.config.json").read_text())
-    from jaxtune.models.gemma_hf import canonical
+    from jaxtune.models import canonical
 
     names = {canonical(n): tuple(shape) for n, shape in stored.items() if canonical(n)}
     base = describe("gemma3-4b", shared, config, dtype="bfloat16")

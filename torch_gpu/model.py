@@ -16,7 +16,7 @@ import transformers
 
 from jaxtune.errors import UserError
 from jaxtune.hf.files import model_directory, open_safetensors, read_json, weight_files
-from jaxtune.models import family_of, gemma_hf
+from jaxtune.models import table_of
 from torch_gpu import half, loss
 
 CLASSES = {
@@ -54,7 +54,7 @@ class Described(NamedTuple):
 
     @property
     def softcapped(self) -> bool:
-        return bool(gemma_hf.config_from_hf(self.hf_config)["attention_softcap"])
+        return bool(table_of(self.hf_config).config_from_hf(self.hf_config).get("attention_softcap"))
 
     def bytes(self, dtype: torch.dtype, quant: str | None, double: bool) -> int:
         """What the weights take on a card."""
@@ -72,8 +72,7 @@ def describe(model_id: str, revision: str | None = None) -> Described:
     """
     directory = model_directory(model_id, revision)
     hf_config = read_json(directory / "config.json")
-    family_of(hf_config)
-    gemma_hf.config_from_hf(hf_config)
+    table_of(hf_config).config_from_hf(hf_config)
     if hf_config["model_type"] not in CLASSES:
         raise UserError(
             f"{directory} is a multimodal checkpoint (model_type={hf_config['model_type']!r}). torch_gpu has the text "

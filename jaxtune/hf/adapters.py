@@ -19,7 +19,7 @@ from jaxtune import mesh as meshes
 from jaxtune.errors import ExportError, MissingInputError, UserError, did_you_mean
 from jaxtune.hf.files import open_safetensors, read_json, replaced_directory
 from jaxtune.hf.handover import read_ours, write_ours
-from jaxtune.models import gemma_hf
+from jaxtune.models import canonical
 from jaxtune.peft import BY_PEFT_TYPE, prompt, saved
 from jaxtune.peft.keys import read_config
 from jaxtune.peft.method import Layout, from_variables, to_variables
@@ -61,16 +61,16 @@ def read_tensors(directory: Path, own_names: Collection[str] = (), prefix: str =
         if name not in own_names and not name.startswith(prefix):
             raise UserError(f"{path}: tensor {name!r} does not start with {prefix!r}, as PEFT's do.")
         # Files written by old peft versions keep the adapter's name in the middle.
-        canonical = gemma_hf.canonical(name.removeprefix(prefix).replace(".default.", "."))
+        known = canonical(name.removeprefix(prefix).replace(".default.", "."))
         value = file.get_tensor(name)
-        if canonical is None or canonical in tensors:
+        if known is None or known in tensors:
             raise UserError(f"{path}: {name!r} is of another tower, or means the same as another tensor.")
         if value.dtype.kind not in "fV" and value.dtype.name != "bfloat16":
             raise UserError(f"{path}: {name!r} is stored as {value.dtype}; an adapter holds floats.")
         value = value.astype(np.float32)
         if not np.isfinite(value).all():
             raise UserError(f"{path}: {name!r} holds values that are not finite. The adapter is damaged or diverged.")
-        tensors[canonical] = value
+        tensors[known] = value
     return tensors
 
 

@@ -55,7 +55,7 @@ class Base:
         heads = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
         prefix, kind = self.text_prefix, self.quant.kind if self.quant else None
         return Layout(
-            c.family, tuple(self.sites), c.tied, c.width**0.5, **sizes, **heads, text_prefix=prefix, quant=kind
+            c.family, tuple(self.sites), c.tied, c.embed_scale, **sizes, **heads, text_prefix=prefix, quant=kind
         )
 
     @functools.cached_property

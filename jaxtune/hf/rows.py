@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxtune import tree
-from jaxtune.models import family_of, gemma_hf
+from jaxtune.models import table_of
 from jaxtune.peft.method import Site
 from jaxtune.typing import Tree
 
@@ -35,8 +35,7 @@ class Row:
 
 def rows_of(hf_config: dict[str, Any], abstract: Tree) -> list[Row]:
     """The rows of a model whose boxed abstract parameters are given (`layers.abstract_params`)."""
-    family_of(hf_config)
-    table = gemma_hf.rows(gemma_hf.FAMILIES[hf_config["model_type"]])
+    table = table_of(hf_config).rows(hf_config)
     boxes = tree.flatten(abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     rows = []
     for path, box in boxes.items():

@@ -23,7 +23,7 @@ from jaxtune.errors import UserError, did_you_mean
 from jaxtune.hf import bnb
 from jaxtune.hf.files import open_safetensors, replaced_directory, weight_files
 from jaxtune.hf.rows import Row
-from jaxtune.models import gemma_hf
+from jaxtune.models import canonical
 from jaxtune.typing import Tree
 
 NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -54,20 +54,20 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     for path in weight_files(directory):
         file = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-            canonical = gemma_hf.canonical(name)
-            if canonical is None or canonical.endswith(BUFFERS):
+            known = canonical(name)
+            if known is None or known.endswith(BUFFERS):
                 continue
-            if owner := bnb.owner_of(canonical):
+            if owner := bnb.owner_of(known):
                 beside.setdefault(owner[0], {})[owner[1]] = functools.partial(file.get_tensor, name)
                 continue
             view = file.get_slice(name)
-            if canonical in found:
-                raise UserError(f"{path.name} has {name!r}, and {found[canonical].name!r} means the same.")
+            if known in found:
+                raise UserError(f"{path.name} has {name!r}, and {found[known].name!r} means the same.")
             if view.get_dtype() not in (*DTYPES, *PACKED):
                 raise UserError(
                     f"{path.name}: {name!r} is stored as {view.get_dtype()}. jaxtune reads: {', '.join(DTYPES)}."
                 )
-            found[canonical] = Stored(file, name, tuple(view.get_shape()))
+            found[known] = Stored(file, name, tuple(view.get_shape()))
     for name, tensor in found.items():
         if tensor.file.get_slice(tensor.name).get_dtype() in PACKED:
             there = beside.get(name, {})
@@ -231,7 +231,7 @@ def _beside(source: Path) -> tuple[Callable[[str], str], list[Tensor]]:
     for path in weight_files(source):
         file = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118
-            if gemma_hf.canonical(name) is None:
+            if canonical(name) is None:
                 view = file.get_slice(name)
                 kind = np.dtype(NUMPY[view.get_dtype()])
                 others.append(Tensor(name, tuple(view.get_shape()), kind, functools.partial(file.get_tensor, name)))

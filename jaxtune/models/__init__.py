@@ -1,6 +1,7 @@
-"""The families: config.json's `model_type` to the module pair that knows it.
+"""The families: config.json's `model_type` to the files that know it.
 
-This file imports no jax, so that `torch_gpu` can read the Hugging Face tables (`*_hf`).
+This file imports no jax, so that `torch_gpu` can read the Hugging Face tables (`*_hf`).  Each has FAMILIES (the
+model types it reads), `rows(hf_config)` (one row a weight) and `config_from_hf(hf_config)`.
 """
 
 from typing import Any
@@ -8,30 +9,48 @@ from typing import Any
 from jaxtune.errors import UserError, did_you_mean
 from jaxtune.models import gemma_hf
 
-# model_type -> family module: `jaxtune.models.<name>` (Flax) and `jaxtune.models.<name>_hf` (names and config keys).
-FAMILIES = dict.fromkeys(gemma_hf.FAMILIES, "gemma")
+TABLES = {model_type: table for table in (gemma_hf,) for model_type in table.FAMILIES}
+
+# What multimodal checkpoints hold besides the text tower (transformers < 4.52, and since).
+OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
-def family_of(hf_config: dict[str, Any]) -> str:
-    """The family module of a parsed config.json.
+def canonical(name: str) -> str | None:
+    """The table's name for a tensor of a checkpoint; None for a tensor of another tower, which text does without.
+
+    `language_model.model.layers.0.…` and `model.language_model.layers.0.…` are both `model.layers.0.…`.
+    """
+    if name.startswith(OTHER_TOWERS):
+        return None
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("language_model.")
+
+
+def table_of(hf_config: dict[str, Any]) -> Any:
+    """The table module of a parsed config.json.
 
     Raises:
       UserError: a model type that jaxtune does not have.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in TABLES:
         raise UserError(
-            f"config.json says model_type={model_type!r}. jaxtune has: {', '.join(FAMILIES)}."
-            + did_you_mean(str(model_type), FAMILIES)
+            f"config.json says model_type={model_type!r}. jaxtune has: {', '.join(TABLES)}."
+            + did_you_mean(str(model_type), TABLES)
         )
-    return FAMILIES[model_type]
+    return TABLES[model_type]
+
+
+def is_encoder_decoder(hf_config: dict[str, Any]) -> bool:
+    """Whether prompts go to an encoder and answers come from a decoder of its own."""
+    return hf_config.get("model_type") == "t5"
 
 
 def build(hf_config: dict[str, Any], *, dtype: Any, remat: bool = False) -> Any:
     """The Flax module of a parsed config.json, its activations in `dtype`."""
-    family_of(hf_config)
-    from jaxtune.models import gemma
+    arguments = table_of(hf_config).config_from_hf(hf_config)
+    from jaxtune.models import decoder
 
-    arguments = gemma_hf.config_from_hf(hf_config)
-    arguments["ropes"] = tuple(gemma.Rope(*rope) for rope in arguments["ropes"])
-    return gemma.Gemma(gemma.GemmaConfig(**arguments), dtype=dtype, remat=remat)
+    arguments["ropes"] = tuple(decoder.Rope(*rope) for rope in arguments["ropes"])
+    return decoder.Decoder(decoder.DecoderConfig(**arguments), dtype=dtype, remat=remat)

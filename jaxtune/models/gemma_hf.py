@@ -83,25 +83,10 @@ ROWS: dict[str, tuple[str, str]] = {
 # Gemma 1 has no norm after attention: what it calls post_attention_layernorm stands before the MLP.
 GEMMA1_ROWS = {"layers/pre_mlp_norm/scale": ("model.layers.{i}.post_attention_layernorm.weight", "D")}
 
-# What multimodal Gemma 3 checkpoints hold besides the text tower (transformers < 4.52, and since).
-OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
-
-def rows(family: str) -> dict[str, tuple[str, str]]:
-    """The table of one family."""
-    return ROWS | GEMMA1_ROWS if family == "gemma" else ROWS
-
-
-def canonical(name: str) -> str | None:
-    """The table's name for a tensor of a checkpoint; None for a tensor of another tower, which text does without.
-
-    `language_model.model.layers.0.…` and `model.language_model.layers.0.…` are both `model.layers.0.…`.
-    """
-    if name.startswith(OTHER_TOWERS):
-        return None
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name.removeprefix("language_model.")
+def rows(hf_config: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The table of one model."""
+    return ROWS | GEMMA1_ROWS if hf_config["model_type"] == "gemma" else ROWS
 
 
 def _ropes(family: str, hf: dict[str, Any], layer_types: list[str]) -> list[tuple[float, float]]:
@@ -130,7 +115,7 @@ def _ropes(family: str, hf: dict[str, Any], layer_types: list[str]) -> list[tupl
 
 
 def config_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `GemmaConfig` (ropes as pairs), from a parsed config.json.
+    """The arguments of `DecoderConfig` (ropes as pairs), from a parsed config.json.
 
     Raises:
       UserError: naming the key that makes this a model that we would compute wrongly.
@@ -184,6 +169,8 @@ def config_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         "query_scale": hf.get("query_pre_attn_scalar", hf["head_dim"]) ** -0.5,
         "activation": activation,
         "norm_eps": hf["rms_norm_eps"],
+        "norm_offset": 1.0,
+        "embed_scale": hf["hidden_size"] ** 0.5,
         "windows": tuple(hf["sliding_window"] if t == "sliding_attention" else None for t in layer_types),
         "ropes": tuple(_ropes(family, hf, layer_types)),
         "attention_softcap": hf["attn_logit_softcapping"] if family == "gemma2" else None,

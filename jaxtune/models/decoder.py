@@ -1,8 +1,11 @@
-"""Gemma 1, 1.1, 2 and 3 (text) as one family; what differs between its layers is scanned data, not structure.
+"""Decoders: Gemma 1, 1.1, 2 and 3 (text), Llama and its kin as one module.
+
+Families differ in the values of one config, which `gemma_hf` and `llama_hf` read off config.json; what differs between
+layers is scanned data, not structure.
 
 B batch, T query length, S key length, D width, F hidden, N query heads, K kv heads, H head dim, V vocabulary, L layers.
 
-Sources: transformers' `GemmaModel`, `Gemma2Model`, `Gemma3TextModel`, whose float32 logits these equal.
+Sources: transformers' `GemmaModel`, `Gemma2Model`, `Gemma3TextModel`, `LlamaModel`, whose float32 logits these equal.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constra
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
 }
 
 
@@ -32,10 +36,10 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmaConfig:
-    """Sizes and switches of one model; built from config.json by `models.gemma_hf.config_from_hf`."""
+class DecoderConfig:
+    """Sizes and switches of one model; built from config.json by a family's `config_from_hf`."""
 
-    family: str  # gemma | gemma2 | gemma3
+    family: str  # gemma | gemma2 | gemma3 | llama | …
     vocab_size: int
     width: int
     hidden: int
@@ -45,6 +49,8 @@ class GemmaConfig:
     query_scale: float  # scores are multiplied by this
     activation: str
     norm_eps: float
+    norm_offset: float  # norms multiply by this plus their scale: 1 in Gemma, 0 elsewhere
+    embed_scale: float  # rows of the embedding are multiplied by this: sqrt(width) in Gemma, 1 elsewhere
     windows: tuple[int | None, ...]  # one per layer; None: global
     ropes: tuple[Rope, ...]  # one per layer
     attention_softcap: float | None
@@ -69,7 +75,7 @@ class GemmaConfig:
 
 
 class Attention(nn.Module):
-    config: GemmaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x, positions, segments, layer, cache):
@@ -79,7 +85,7 @@ class Attention(nn.Module):
         k = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), name="k")(x).reshape(B, T, c.kv_heads, c.head_dim)
         v = Linear(c.kv_heads * c.head_dim, ("embed", "kv_heads"), name="v")(x).reshape(B, T, c.kv_heads, c.head_dim)
         if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+            q, k = (RMSNorm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
         q = rotate(q, positions, layer["inverse_frequency"])
         k = rotate(k, positions, layer["inverse_frequency"])
         slots = jnp.arange(T)
@@ -100,7 +106,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    config: GemmaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x):
@@ -113,14 +119,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, in the shape nn.scan wants: (carry, per-layer data) -> (carry, per-layer output)."""
 
-    config: GemmaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x, layer, positions, segments, shared_cache):
         c = self.config
 
         def norm(name, y):
-            return RMSNorm(c.norm_eps, name=name)(y)
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(y)
 
         def post_norm(name, y):
             return norm(name, y) if c.post_norms else y
@@ -132,16 +138,16 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "activation"), kv
 
 
-class Gemma(nn.Module):
+class Decoder(nn.Module):
     """Token ids to the final hidden states; `head` and `softcap` turn those into logits."""
 
-    config: GemmaConfig
+    config: DecoderConfig
     dtype: Any = jnp.float32  # of the activations
     remat: bool = False  # recompute each layer in the backward pass
 
     def setup(self):
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.width)
+        self.embed = Embedding(c.vocab_size, c.width, c.embed_scale)
         self.lm_head = Head(c.vocab_size, c.width)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # layer data by layer; the rest for all
@@ -154,7 +160,7 @@ class Gemma(nn.Module):
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     def __call__(
         self,
