@@ -176,7 +176,7 @@ def virtual_tokens(section: dict[str, Any], base: Base) -> Virtual:
     if section["init_from"]:
         peft = load_first(section, base)
         method, config = peft.method, peft.config
-    return virtual_of(method, config)
+    return virtual_of(method, base.layout, config)
 
 
 def fresh_adapters(
@@ -214,12 +214,14 @@ def adapt(
     seed: int,
     total_steps: int,
     encode: Callable[[str], Sequence[int]],
+    params: Tree | None = None,
 ) -> Adapted:
     """Loads the base and lays the method's adapters over it.
 
     Args:
       section: `config.peft` as plain values.  dtype: of the frozen base.  seed: of the initial adapters.
       total_steps: of the run, for schedules of ranks.  encode: text to ids, for prompts that start from a text.
+      params: the base's, where they are loaded already (not with `full` and `partial`).
 
     Raises:
       UserError: a target that matches nothing, a checkpoint or an adapter that does not fit.
@@ -227,7 +229,8 @@ def adapt(
     method, config = read_method(section)
     layers = partial.plan(base.layout, config) if method is None else {}
     # What trains is float32, whatever the activations are: small updates would be lost in bfloat16.
-    params = load_base(base, mesh, lambda path: jnp.float32 if path in layers else jnp.dtype(dtype), layers)
+    if params is None:
+        params = load_base(base, mesh, lambda path: jnp.float32 if path in layers else jnp.dtype(dtype), layers)
     variables, peft = {"params": params}, None
     if section["init_from"]:
         peft = load_first(section, base)

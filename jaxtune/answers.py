@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtune.data.examples import Prompt
 from jaxtune.rundir import write_atomic
+from jaxtune.scores.exact_match import matches
 
 
 def mean_loss(score: Callable[[Any], tuple[Any, Any]], batches: Iterable[Any]) -> float:
@@ -22,11 +23,6 @@ def mean_loss(score: Callable[[Any], tuple[Any, Any]], batches: Iterable[Any]) -
     sums = np.array([(float(loss), float(tokens)) for loss, tokens in [score(batch) for batch in batches]])
     loss, tokens = sums.sum(axis=0)
     return float(loss / max(tokens, 1.0))
-
-
-def exact_match(rows: Sequence[dict[str, Any]], when: str) -> float:
-    """Share of rows whose answer `before` or `after` equals the reference, surrounding white space aside."""
-    return sum(row[f"match_{when}"] for row in rows) / max(len(rows), 1)
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
@@ -44,9 +40,10 @@ def write_answers(path: Path, prompts: Sequence[Prompt], **answers: Sequence[str
     """samples.jsonl: prompt, reference, and for each of `before`, `after` the answer and whether it matches."""
     rows = []
     for i, prompt in enumerate(prompts):
+        right = prompt.references or [prompt.reference]
         row: dict[str, Any] = {"prompt": prompt.question, "reference": prompt.reference}
         for when, texts in answers.items():
-            row |= {when: texts[i], f"match_{when}": texts[i].strip() == prompt.reference.strip()}
+            row |= {when: texts[i], f"match_{when}": any(matches(texts[i], text) for text in right)}
         rows.append(row)
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return rows

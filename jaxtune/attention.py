@@ -6,6 +6,8 @@ Rows are addressed by *slot* (index in the array) for causality and windows, by 
 positions restart in every segment while slots do not, and inside a segment both differ by a constant.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -40,8 +42,18 @@ def visible(
     """
     distance = query_slots[:, None] - jnp.arange(key_segments.shape[1])[None]
     near = (distance >= 0) & (distance < window)
+    return near[None] & together(query_segments, key_segments)
+
+
+def together(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """The same without order: what an encoder's tokens see of each other, and a decoder's of them."""
     query, key = query_segments[:, :, None], key_segments[:, None, :]
-    return near[None] & (key > 0) & ((query == key) | (query == 0))
+    return (key > 0) & ((query == key) | (query == 0))
+
+
+def heads_first(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+    """Keys and values as they are multiplied and kept: a turn at each new token would cost more than the product."""
+    return x.transpose(0, 2, 1, 3)
 
 
 class Prefix(NamedTuple):
@@ -60,24 +72,28 @@ def prefix_visible(positions: Int[Array, "B T"], length: int, window: Int[Array,
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     *,
     scale: float,
     softcap: float | None,
     prefix: Prefix | None = None,
+    bias: Float[Array, "N T P_and_S"] | None = None,
+    drop: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped kv heads; scores and softmax in float32 (transformers' `eager_attention_forward`).
 
     The G query heads of a kv head are laid along the query axis, so that each kv head is one matrix product and no key
     is repeated.  A row that sees nothing comes out as the mean of all values, as in transformers.
+
+    Args:
+      bias: added to the scores of every row, a prefix's first.  drop: dropout of what the softmax gives.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K = k.shape[1]
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * scale
     if prefix is not None:
         # Scores are put together, not keys, which would be copied with every token.
@@ -86,8 +102,11 @@ def attend(
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
     scores = scores.reshape(B, K, G, T, -1)
+    if bias is not None:
+        scores += bias.astype(jnp.float32).reshape(1, K, G, T, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, -1)
+    weights = weights if drop is None else drop(weights)
     first = 0 if prefix is None else prefix.k.shape[0]
     out = jnp.einsum("BKQS,BKSH->BKQH", weights[..., first:], v, preferred_element_type=jnp.float32)
     if prefix is not None:
@@ -96,17 +115,44 @@ def attend(
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def with_slots(kept: tuple[Array, Array], new: tuple[Array, Array], at: Array) -> tuple[Array, Array]:
+    """A layer's keys and values [B K S H], or all layers' [L B K S H], with those of new slots from slot `at` on."""
+    k, v = (
+        jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, axis=old.ndim - 2)
+        for old, x in zip(kept, new, strict=True)
+    )
+    return k, v
+
+
+class Source(NamedTuple):
+    """Keys and values that a decoder has made of an encoder's output, once for all of its own tokens."""
+
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
+    segments: Int[Array, "B S"]
+
+
 @struct.dataclass
 class Cache:
-    """Keys and values of the slots seen so far, and which segment each slot belongs to (0: not written, or padding)."""
+    """Keys and values of the slots seen so far, and which segment each slot belongs to (0: not written, or padding).
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    source: None without an encoder, and before it has run.
+    """
+
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
+    source: Source | None = None
+
+    def grown(self, k: Float[Array, "L B K T H"], v: Float[Array, "L B K T H"], segments: Array) -> "Cache":
+        """With the keys and values of T new slots, which the layer scan gives back: the cache itself does not go
+        through the scan, which would copy it.  segments: of all slots."""
+        whole_k, whole_v = with_slots((self.k, self.v), (k, v), self.length)
+        return dataclasses.replace(self, k=whole_k, v=whole_v, segments=segments, length=self.length + k.shape[3])
 
     @classmethod
     def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "Cache":
-        shape = (layers, batch, slots, kv_heads, head_dim)
+        shape = (layers, batch, kv_heads, slots, head_dim)
         k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         return cls(k, v, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))

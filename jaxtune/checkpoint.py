@@ -5,6 +5,7 @@
     checkpoints/100/manifest.sha256    a digest of each file above
     checkpoints/tmp/                   a save under way or a step being deleted; emptied at the next start
     checkpoints/quarantine/            steps that failed verification, kept to be looked at
+    checkpoints/abandoned/             steps that a run which went back to an earlier one has left behind
 
 Orbax never shows half a save, but it restores flipped bits silently, casts dtypes silently and has no way back from a
 damaged newest step.  So it writes into `tmp/`, a thread hashes what lies on disk, and renaming the directory is the
@@ -16,6 +17,7 @@ belongs to `identity` too.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -32,7 +34,17 @@ from jax.experimental import multihost_utils
 
 from jaxtune.errors import DivergedError, NoCheckpointError, UserError
 from jaxtune.identity import check_same
-from jaxtune.kept import RECORD, choose, commit, delete_old, diverged, open_directory, whole_or_not
+from jaxtune.kept import (
+    EVAL_LOSS,
+    RECORD,
+    Goal,
+    choose,
+    commit,
+    delete_old,
+    diverged,
+    open_directory,
+    whole_or_not,
+)
 from jaxtune.tree import flatten, unflatten
 from jaxtune.typing import Tree
 
@@ -42,12 +54,17 @@ logging.getLogger("absl").addFilter(lambda r: r.levelno < logging.ERROR or "orba
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint read back: `rows` is the row cursor, `metrics` what was given to `save`."""
+    """A checkpoint read back: `rows` is the row cursor, `metrics` what was given to `save`.
+
+    optimiser_from: the step at which the optimiser last started fresh; where it is this one, `state` is without its
+    'opt_state'.
+    """
 
     state: Tree
     step: int
     rows: int
     metrics: dict[str, float]
+    optimiser_from: int
 
 
 class Checkpoints:
@@ -58,10 +75,12 @@ class Checkpoints:
     Args:
       directory: created if needed.
       keep_last_n: how many of the newest steps stay; at least 1.
-      keep_best_n: how many stay besides these for their `eval_loss`.
+      keep_best_n: how many stay besides these as the best.
+      goal: what these are best by.
       identity: what must be the same for a resumed run to be the same run: {'model': its hash, 'rows': the data's,
         'train.seed': '0', …}.
       say: takes a line for the user.
+      saved: called, in a thread, when a step is committed.
 
     Raises:
       CannotCreateError: the directory cannot be created.
@@ -74,13 +93,16 @@ class Checkpoints:
         keep_last_n: int,
         keep_best_n: int,
         identity: dict[str, str],
+        goal: Goal = EVAL_LOSS,
         say: Callable[[str], None] = print,
+        saved: Callable[[], None] = lambda: None,
     ):
         self.directory = directory.absolute()
         self._tmp = self.directory / "tmp"
         self._keep = keep_last_n, keep_best_n
         self._identity = identity
-        self._say = say
+        self._goal, self._say, self._saved = goal, say, saved
+        self._optimiser_from = 0
         self._primary = jax.process_index() == 0
         if self._primary:
             open_directory(self.directory)
@@ -106,9 +128,9 @@ class Checkpoints:
 
         Args:
           step: optimiser steps done.
-          state: {'trainable': tree, 'opt_state': tree} of jax arrays; free to be donated afterwards.
+          state: {'trainable': tree, 'opt_state': tree} of jax arrays, the second optional; free to be donated then.
           rows: rows consumed, the cursor from which data goes on.
-          metrics: numbers to keep beside it; `eval_loss` decides which steps are best.
+          metrics: numbers to keep beside it; one of them decides which steps are best.
 
         Raises:
           StorageError, DivergedError: of the save before this one; see `wait`.
@@ -124,6 +146,8 @@ class Checkpoints:
             "identity": self._identity,
             "leaves": spec_of(leaves),
         }
+        if self._optimiser_from:
+            record["optimiser_from"] = self._optimiser_from
         # Only started here; the thread reads the answers, so that the training loop never waits for them.
         finite = _finite({path: leaf for path, leaf in leaves.items() if path.startswith("trainable/")})
         with self._whole_or_not(step):
@@ -152,30 +176,38 @@ class Checkpoints:
             for left in self._tmp.glob("*") if self._primary else ():
                 shutil.rmtree(left, ignore_errors=True)
 
-    def restore(self, abstract_state: dict[str, Tree]) -> Restored | None:
+    def restore(self, abstract_state: dict[str, Tree], find: Callable[[], int | None] | None = None) -> Restored | None:
         """The newest step that verifies, or None where there is no step.  Damaged newer ones move to `quarantine/`.
+
+        A step without the optimiser's state comes back without it, and what is saved from now on says so.
 
         Args:
           abstract_state: the state with `jax.ShapeDtypeStruct` leaves, whose shardings say where values go; the mesh
             need not be the one that saved.
+          find: finds another step than the newest; called in the first process alone.
 
         Raises:
           NoCheckpointError: there are steps and none verifies; they stay where they are.
           UserError: the step belongs to another configuration, or its leaves are not those asked for.
           DataError: it belongs to other data, all else being equal.
         """
-        step = self._choose_together()
+        step = self._choose_together(find or functools.partial(choose, self.directory, self._say))
         if step is None:
             return None
         path = self.directory / str(step)
         record = json.loads((path / RECORD).read_bytes())
-        wanted = flatten(abstract_state)
         check_same(f"Checkpoint {path}", record["identity"], self._identity)
+        self._optimiser_from = record.get("optimiser_from", 0)
+        wanted = flatten(abstract_state)
+        if _has_optimiser(wanted) and not _has_optimiser(record["leaves"]):
+            abstract_state = {"trainable": abstract_state["trainable"]}
+            wanted, self._optimiser_from = flatten(abstract_state), step
         check_same(f"Checkpoint {path}", record["leaves"], spec_of(wanted))
         values = self._orbax.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
         self._last_saved = step
         metrics = {name: float(value) for name, value in record["metrics"].items()}
-        return Restored(unflatten(abstract_state, values), step, record["rows"], metrics)
+        state = unflatten(abstract_state, values)
+        return Restored(state, step, record["rows"], metrics, self._optimiser_from)
 
     def _commit(self, step: int, record: dict[str, Any], finite: dict[str, jax.Array]) -> int:
         """In the thread: waits for Orbax, hashes, renames into place, and only then deletes older steps."""
@@ -185,7 +217,8 @@ class Checkpoints:
             if not self._primary:
                 return step
             commit(self.directory, self._tmp / str(step), record)
-        delete_old(self.directory, *self._keep, self._say)
+        delete_old(self.directory, *self._keep, self._say, self._goal)
+        self._saved()
         return step
 
     def _check_finite(self, step: int, finite: dict[str, jax.Array]) -> None:
@@ -196,14 +229,14 @@ class Checkpoints:
     def _whole_or_not(self, step: int) -> contextlib.AbstractContextManager[None]:
         return whole_or_not(self.directory, step, self._tmp / str(step) if self._primary else None)
 
-    def _choose_together(self) -> int | None:
+    def _choose_together(self, find: Callable[[], int | None]) -> int | None:
         """One process looks and moves, all hear of its choice: -1 none, -2 nothing usable."""
         choice, error = -1, None
         if self._primary:
             try:
-                step = choose(self.directory, self._say)
+                step = find()
                 choice = -1 if step is None else step
-            except NoCheckpointError as nothing:
+            except UserError as nothing:
                 choice, error = -2, nothing
         choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
         if choice == -2:
@@ -214,6 +247,10 @@ class Checkpoints:
 @jax.jit
 def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+
+def _has_optimiser(leaves: dict[str, Any]) -> bool:
+    return any(path.startswith("opt_state/") for path in leaves)
 
 
 def spec_of(leaves: dict[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxtune.config import check, find_secret, flatten, get_default, set_value, shown
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 
-COMMANDS = ("train", "export", "compare")
+COMMANDS = ("train", "export", "compare", "evaluate")
 
 
 class Arguments(NamedTuple):
@@ -55,19 +55,16 @@ def parse(module: str, argv: Sequence[str], description: str, *, quiet: bool = F
     parser.add_argument("--config", help="a recipe (configs/*.py, or FILE.py:argument), or a run's config.json")
     parser.add_argument("--workdir", help="run directory; default runs/<name of the config file>")
     known, rest = parser.parse_known_args(list(argv))
-    for word in rest:
-        if not word.startswith("--config."):
-            flags = ["--config", "--workdir", "--help", *(f"--config.{key}" for key in flatten(get_default()))]
-            raise UserError(
-                f"Unknown argument {shown(word)}.{did_you_mean(word.split('=')[0], flags)} "
-                "Settings are written --config.section.key=value."
-            )
-        if "=" not in word:
-            raise UserError(f"{shown(word)} has no value. Settings are written --config.section.key=value.")
+    settings, other = settings_in(rest)
+    if other:
+        flags = ["--config", "--workdir", "--help", *(f"--config.{key}" for key in flatten(get_default()))]
+        raise UserError(
+            f"Unknown argument {shown(other[0])}.{did_you_mean(other[0].split('=')[0], flags)} "
+            "Settings are written --config.section.key=value."
+        )
     if not known.config:
         raise UserError("--config is missing. Give a recipe, e.g. --config configs/quickstart.py; or try --help.")
     config = load_config(known.config)
-    settings = {path: literal(text) for path, text in (w.removeprefix("--config.").split("=", 1) for w in rest)}
     if change_method(config, settings.get("peft.method")) and not quiet:
         print(f"{known.config} is for another method; its learning rate and `peft` section are not used")
     for path, value in settings.items():
@@ -76,6 +73,19 @@ def parse(module: str, argv: Sequence[str], description: str, *, quiet: bool = F
     name = Path(known.config.split(":")[0]).stem
     workdir = Path(known.workdir or Path("runs") / name).expanduser().resolve()
     return Arguments(config, workdir, shlex.join(["python", "-m", module, *argv]))
+
+
+def settings_in(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """({'model.dtype': 'float32', …}, the other words) of words such as --config.model.dtype=float32.
+
+    Raises:
+      UserError: one without a value.
+    """
+    own = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+    if bad := next((word for word in own if "=" not in word), None):
+        raise UserError(f"{shown('--config.' + bad)} has no value. Settings are written --config.section.key=value.")
+    pairs = (word.split("=", 1) for word in own)
+    return {path: literal(text) for path, text in pairs}, [w for w in words if not w.startswith("--config.")]
 
 
 def change_method(config: Any, method: Any) -> bool:

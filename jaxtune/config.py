@@ -25,14 +25,23 @@ CHOICES = {
     "optim.name": ("adamw", "adamw8bit", "adafactor", "lion", "sgd"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.remat": ("full", "none"),
-    "checkpoint.resume": ("auto", "never"),
+    "train.eval_unit": ("step", "epoch"),
+    "train.save_unit": ("step", "epoch"),
+    "checkpoint.mode": (None, "min", "max"),
     "export.format": (None, "checkpoint", "adapter"),
 }
+
+# Of `checkpoint.resume`, beside paths.
+RESUME = ("auto", "last", "best", "never")
 
 # What other libraries call it: (key, a part of the value) to what it is here.
 HINTS = {
     ("model.quant", "4"): "QLoRA's four bits are nf4.",
     ("model.quant", "NF"): "It is written nf4.",
+    ("train.eval_unit", "steps"): "It is written step.",
+    ("train.save_unit", "steps"): "It is written step.",
+    ("train.eval_unit", "epochs"): "It is written epoch.",
+    ("train.save_unit", "epochs"): "It is written epoch.",
     ("optim.name", "paged"): "A paged optimiser is `optim.offload=True` (docs/quantisation.md).",
 }
 
@@ -60,6 +69,7 @@ MINIMUM = {
     "train.log_every": 1,
     "checkpoint.keep_last_n": 1,
     "checkpoint.keep_best_n": 0,
+    "wandb.every": 1,
     "evaluate.samples": 0,
     "evaluate.max_new_tokens": 1,
     "evaluate.batch_size": 1,
@@ -187,6 +197,29 @@ def check(config: Any) -> None:
             f"`train.global_batch_size` is {batch} and `train.gradient_accumulation_steps` is {accumulation}. "
             f"The first must be a multiple of the second, e.g. {-(-batch // accumulation) * accumulation}."
         )
+    for unit in ("eval", "save"):
+        if config.train[f"{unit}_unit"] == "epoch" and config.data.streaming:
+            raise UserError(
+                f"`train.{unit}_unit` is epoch and `data.streaming` is true: nobody knows how long an epoch is. Set it "
+                f"to step, and `train.{unit}_every`."
+            )
+    if config.train.eval_unit == "epoch" and not config.train.eval_every:
+        raise UserError("`train.eval_unit` is epoch and `train.eval_every` is 0. Set the latter to 1, or more.")
+    resume = config.checkpoint.resume
+    if resume not in RESUME and "/" not in resume:
+        raise UserError(
+            f"`checkpoint.resume` is {shown(resume)}. It can be: {', '.join(RESUME)}, or the path of a run or of a "
+            f"checkpoint, which has a / in it (./{resume}).{did_you_mean(resume, RESUME)}"
+        )
+    if not config.checkpoint.save_optim and config.peft.method == "adalora":
+        raise UserError(
+            "`checkpoint.save_optim` is false and `peft.method` is adalora, whose ranks depend on the optimiser's "
+            "state. Set it to true."
+        )
+    for path in ("wandb.tags", "evaluate.metrics"):
+        names = [known[path]] if isinstance(known[path], str) else known[path] or ()
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"`{path}` is {shown(known[path])}. It takes names: ('a', 'b').")
     axes = dict(config.mesh.items())
     if sum(size == -1 for size in axes.values()) > 1 or any(size < 1 and size != -1 for size in axes.values()):
         raise UserError(f"`mesh` is {axes}. Sizes are 1 or more; one of them may be -1 (what is left).")

@@ -174,10 +174,11 @@ class Progress:
                 self._drawn = time.monotonic()
                 self._draw(self._bar.refresh)
 
-    def evaluation(self, step: int, eval_loss: float) -> None:
+    def evaluation(self, step: int, eval_loss: float, more: Mapping[str, float] | None = None) -> None:
         """After an evaluation: a line of its own, everywhere."""
         self._eval_loss = eval_loss
-        self._console.say(f"step {step}/{self._total}  eval_loss {eval_loss:.4f}")
+        parts = [f"{name} {value:.4f}" for name, value in {"eval_loss": eval_loss, **(more or {})}.items()]
+        self._console.say("  ".join([f"step {step}/{self._total}", *parts]))
 
     def _say_line(self, line: str) -> None:
         self._unsaid = ""
@@ -257,3 +258,38 @@ def answers_text(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"  {name + mark:<16}  {isolate(first)}")
             lines += [f"  {'':<16}  {isolate(line)}" for line in more]
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def counting(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that is told of more of `total` done: a bar in a terminal; elsewhere a line at each quarter."""
+    done = 0
+    bar: rich.progress.Progress | None = None
+    if console.width and console.rich:
+        columns = (rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn())
+        text = rich.progress.TextColumn("{task.description}", markup=False)
+        bar = rich.progress.Progress(text, *columns, console=console.rich, auto_refresh=False, transient=True)
+        bar.add_task(what, total=total)
+        console.live = True
+
+    def advance(more: int) -> None:
+        nonlocal done
+        quarters = 4 * done // max(total, 1)
+        done += more
+        if bar is not None:
+            with console.drawing():
+                bar.update(bar.task_ids[0], completed=done)
+                bar.refresh()
+        elif 4 * done // max(total, 1) > quarters:
+            console.say(f"{what}: {done} of {total}")
+
+    try:
+        if bar is not None:
+            with console.drawing():
+                bar.start()
+        yield advance
+    finally:
+        if bar is not None:
+            with console.drawing():
+                bar.stop()
+        console.live = False

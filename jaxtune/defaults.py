@@ -187,14 +187,24 @@ def get_default() -> Any:
     c.data.completion = "{completion}"
     # text: a template over named columns; loss is on everything.
     c.data.text = "{text}"
-    # messages: None is the checkpoint's own template; gemma | chatml | llama2 by name.
+    # In templates {label} stands for a class's name where names are given, in the order of the classes' numbers: the
+    # column that holds those numbers, and e.g. ("negative", "positive").
+    c.data.label_column = "label"
+    c.data.label_names = optional(object)
+    # A column of answers as SQuAD has them ({"text": [...]}) stands in templates for the first; what stands there for
+    # rows without one, e.g. "unanswerable".  None: such rows are bad rows.
+    c.data.no_answer = optional(str)
+    # messages: None is the checkpoint's own template; gemma | chatml | llama2 | llama3 by name.
     # prompt_completion: None is plain text; a name, or "tokenizer" for the checkpoint's, is one user/assistant pair.
     c.data.chat_template = optional(str)
     # multitask_prompt_tuning: the column that holds each row's task, from 0.
     c.data.task_id = optional(str)
     # Tokens a row may have, BOS and end-of-turn included; virtual tokens of prompt methods come on top.
     c.data.max_length = 1024
-    # What happens to longer rows: right (cut the end) | left (cut the beginning, BOS kept) | drop.
+    # Encoder-decoders, whose max_length is the encoder's: tokens an answer may have, EOS included; longer ones are cut.
+    # None: max_length.
+    c.data.max_target_length = optional(int)
+    # What happens to longer rows, or an encoder's prompts: right (cut the end) | left (the beginning, BOS kept) | drop.
     c.data.truncation = "right"
     # error (stop and list them) | skip (count them).
     c.data.on_bad_row = "error"
@@ -233,14 +243,19 @@ def get_default() -> Any:
     c.train.global_batch_size = 8
     c.train.gradient_accumulation_steps = 1
     c.train.seed = 0
-    # Steps between evaluations; 0: only before the first step and after the last.
+    # Steps (or epochs) between evaluations; 0: only before the first step and after the last.
     c.train.eval_every = 0
-    # Steps between checkpoints.
-    c.train.save_every = 100
+    # Steps (or epochs) between checkpoints; None: 100 steps, or 1 epoch.  There is one at each evaluation, too.
+    c.train.save_every = optional(int)
+    # What these count: step | epoch.  An epoch that ends inside a batch counts at the step that completes it.
+    c.train.eval_unit = "step"
+    c.train.save_unit = "step"
     # Steps between plain lines when the output is no terminal.
     c.train.log_every = 10
     # Recompute a layer's activations in the backward pass: full | none.
     c.train.remat = "full"
+    # On GPUs: only operations that give the same bits each time, which are slower.  CPUs and TPUs have no others.
+    c.train.deterministic = False
 
     # Devices along each axis; -1 takes what is left.
     c.mesh = ConfigDict()
@@ -251,20 +266,48 @@ def get_default() -> Any:
     c.checkpoint = ConfigDict()
     # The newest checkpoints kept for resuming.
     c.checkpoint.keep_last_n = 2
-    # Besides these, the best by evaluation loss (0: none).
+    # Besides these, the best by `metric` (0: none).
     c.checkpoint.keep_best_n = 0
-    # auto (go on where this run directory stopped) | never (refuse a directory that has checkpoints).
+    # What is best by: eval_loss | perplexity | exact_match, or a score of `evaluate.metrics` (rougeL, chrf, f1, …), for
+    # which every evaluation then answers `evaluate.samples` rows.
+    c.checkpoint.metric = "eval_loss"
+    # min | max; None: losses min, scores max.
+    c.checkpoint.mode = optional(str)
+    # auto (go on where this run directory stopped) | last (likewise, but there must be something to go on from) |
+    # best (go back to the best checkpoint; later ones go to checkpoints/abandoned) | never (refuse a directory that has
+    # checkpoints) | the path of another run, or of one of its checkpoints, to begin this run from (with a / in it).
     c.checkpoint.resume = "auto"
+    # False: checkpoints without the optimiser's state.  They are a third as large (AdamW), and a run that goes on from
+    # one is not the same to the bit: its optimiser starts fresh.
+    c.checkpoint.save_optim = True
 
     c.evaluate = ConfigDict()
     # Evaluation rows answered by generation before and after training, scored by exact match; 0: none.
     c.evaluate.samples = 0
+    # What else scores those answers, of jaxtune/scores: ("rouge", "chrf", "squad_v2", "accuracy").
+    c.evaluate.metrics = optional(object)
     c.evaluate.max_new_tokens = 64
     # Rows per forward pass of an evaluation; None: train.global_batch_size / gradient_accumulation_steps.
     c.evaluate.batch_size = optional(int)
 
     c.logging = ConfigDict()
     c.logging.tensorboard = True
+
+    # Weights & Biases (pip install wandb): offline with WANDB_MODE=offline; the key is in the environment, or `wandb
+    # login`'s.
+    c.wandb = ConfigDict()
+    # None: off.
+    c.wandb.project = optional(str)
+    # None: the run directory's name.
+    c.wandb.run_name = optional(str)
+    c.wandb.tags = optional(object)
+    # Steps between those that are sent; evaluations always are.
+    c.wandb.every = 1
+
+    c.storage = ConfigDict()
+    # Where the run directory is copied to after each checkpoint and at the end (a path of its own: gs://…, s3://…, any
+    # that fsspec knows).  A start with an empty run directory brings the run back from there.
+    c.storage.sync_to = optional(str)
 
     c.export = ConfigDict()
     # `base_model_name_or_path` in adapter_config.json; None: model.id.

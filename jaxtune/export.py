@@ -10,7 +10,6 @@ is held against the adapted model.
 """
 
 import argparse
-import functools
 import json
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import adapt, cli, config, results
+from jaxtune import cli, config, results, trained
 from jaxtune import mesh as meshes
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf import handover, hub
@@ -29,11 +28,10 @@ from jaxtune.hf.files import check_replaceable, read_json
 from jaxtune.hf.merge import SAY_ONTO, originals
 from jaxtune.hf.weights import size_of, stored_dtype
 from jaxtune.kept import pick, read_record
-from jaxtune.lm import check_dtype, encode_prompt, load
-from jaxtune.peek import read_trainable
+from jaxtune.lm import check_dtype, load
 from jaxtune.probe import write_adapter
 from jaxtune.quant import scheme_of
-from jaxtune.tokenizer import load_tokenizer
+from jaxtune.scoring import goal_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +79,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("source", help="a run directory or a PEFT directory")
     add("--out", help="where to write; default: adapter, merged or model (-STEP) in the run directory")
     add("--merged", action="store_true", help="fold the adapter into the weights and write a whole checkpoint")
-    add("--checkpoint", default="newest", help="of a run: newest, best (by evaluation loss) or a step; default: newest")
+    add("--checkpoint", default="newest", help="of a run: newest, best (checkpoint.metric) or a step; default: newest")
     add("--base", help="the base model, a directory or Hub id; default: the run's model.id")
     add("--base_model_name_or_path", help="what the export calls its base; default: the run's, or the adapter's")
     add(
@@ -115,13 +113,7 @@ def export_run(workdir: Path, arguments: argparse.Namespace) -> Path:
     results.check_push(plain, arguments.merged)
     kind = results.export_kind(plain, arguments.merged)
     refuse_flags(kind, arguments)
-    step = pick(workdir / "checkpoints", arguments.checkpoint, print)
-    record = read_record(step)
-    if other := record["identity"].get("backend"):
-        raise UserError(
-            f"{workdir} is a run of {other}, whose checkpoints jaxtune does not read. Write its adapter by "
-            f"python -m {other}.export {workdir}, and give {workdir / 'adapter'} here, with --base."
-        )
+    step = pick(workdir / "checkpoints", arguments.checkpoint, print, goal_of(plain))
     quant = scheme_of(c.model.quant, c.model.double_quant, c.model.quant_embedding)
     base = open_base(c.model.id, revision=c.model.revision, dtype=c.model.dtype, quant=quant)
     results.check_quantised(plain, base, arguments.merged)
@@ -130,23 +122,15 @@ def export_run(workdir: Path, arguments: argparse.Namespace) -> Path:
     usual = kind if arguments.checkpoint == "newest" else f"{kind}-{arguments.checkpoint}"
     out = Path(arguments.out).expanduser() if arguments.out else workdir / usual
     check_replaceable(out, base.directory)
-    if record["identity"].get("base", base.fingerprint) != base.fingerprint:
-        raise UserError(
-            f"{base.directory} is not the model that {workdir} trained on: its files are others. Give that with --base."
-        )
+    trained.check_base(step, base, workdir, "--base")
     mesh = meshes.make_mesh(1, -1, 1)
     print(f"{step} of {workdir}, over {c.model.id}")
     with jax.set_mesh(mesh):
-        # Ranks' schedules end where the run's do; by then nothing depends on it but the exported number.
-        steps = int(record["identity"].get("train.steps", record["step"]))
-        encode = functools.partial(encode_prompt, load_tokenizer(base.directory))
-        how: dict[str, Any] = {"dtype": c.model.dtype, "seed": c.train.seed, "total_steps": steps, "encode": encode}
-        adapted = adapt.adapt(plain["peft"], base, mesh, **how)
-        trainable = read_trainable(step, adapted.trainable)
+        adapted, found = trained.at_step(step, c, base, mesh)
         more = {"dtype": arguments.dtype, "shard_bytes": size_of(arguments.max_shard_size or "4GB")}
         more["onto"] = arguments.onto
-        run = Run(plain, scores_of(workdir, record))
-        results.export(workdir, base, mesh, adapted, trainable, run, print, out=out, merged=arguments.merged, **more)
+        run = Run(plain, scores_of(workdir, read_record(step)))
+        results.export(workdir, base, mesh, adapted, found, run, print, out=out, merged=arguments.merged, **more)
     return said(out, base)
 
 
@@ -185,7 +169,8 @@ def export_adapter(source: Path, arguments: argparse.Namespace) -> Path:
         found = lm.save_merged(out, arguments.dtype or dtype, arguments.max_shard_size or "4GB", arguments.onto)
         print(results.merge_report(arguments.dtype or dtype, found, over.get("quant"), arguments.onto))
     else:
-        readme = card("adapter", name, lm.peft.method.PEFT_TYPE.lower(), repo_id=arguments.push_to_hub, over=over)
+        about = {"repo_id": arguments.push_to_hub, "over": over, "seq2seq": lm.base.encodes}
+        readme = card("adapter", name, lm.peft.method.PEFT_TYPE.lower(), **about)
         write_adapter(out, lm.base, lm.mesh, lm.variables, lm.peft, name, readme=readme, say=print)
     return said(out, base)
 

@@ -1,7 +1,8 @@
 """Text from a model: one prefill, then one token at a time from a KV cache, compiled as a whole.
 
 B batch, P prompt slots, S = P + new slots, V vocabulary.  Prompts of different lengths are padded on the left, so that
-every row writes its next token to the same slot.
+every row writes its next token to the same slot.  Behind an encoder, which reads the prompts once, the decoder begins
+with Q tokens of its own, and what it makes of the encoder's output is in the cache.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from jaxtune.attention import Cache
 from jaxtune.errors import UserError
@@ -74,21 +75,29 @@ def decode(
     new: int,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
+    starts: Int[Array, "B Q"] | None = None,
 ) -> tuple[Int[Array, "B new"], Int[Array, "B"]]:
-    """(tokens, how many of them) for each row; a row ends with its stop token, which is counted."""
-    c = model.config
+    """(tokens, how many of them) for each row; a row ends with its stop token, which is counted.
+
+    Args:
+      tokens, segments: the prompts.  starts: where an encoder reads those, what the decoder reads first.
+    """
+    c, source = model.config, {}
+    if starts is not None:
+        source = {"source_tokens": tokens, "source_segments": segments}
+        tokens, segments = starts, jnp.ones_like(starts)
     B, P = tokens.shape
     variables = folded(variables)
     table = model.apply(variables, method="head")
     stops = jnp.asarray(stop_ids, jnp.int32)
 
-    def forward(variables, cache, tokens, positions, segments):
-        hidden, cache = model.apply(variables, tokens, positions, segments, cache)
+    def forward(variables, cache, tokens, positions, segments, **source):
+        hidden, cache = model.apply(variables, tokens, positions, segments, cache, **source)
         return output_logits(hidden[:, -1], table, c.final_softcap), cache
 
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     cache = Cache.empty(c.layers, B, P + new, c.kv_heads, c.head_dim, model.dtype)
-    logits, cache = forward(variables, cache, tokens, positions, segments)
+    logits, cache = forward(variables, cache, tokens, positions, segments, **source)
     # Virtual tokens stand before a text only; their keys and values are in the cache by now.
     adapters = {name: part for name, part in variables.get("adapters", {}).items() if name != "prompt"}
     later = variables | {"adapters": adapters}
@@ -112,6 +121,16 @@ def decode(
     return out, count
 
 
+def starts_of(model: Any, variables: Tree, prompts: Sequence[Sequence[int]]) -> Int32[np.ndarray, "B Q"] | None:
+    """What the decoder of an encoder-decoder reads first: virtual tokens of the row's task, where it has any of its own
+    (their ids are behind those before the prompt: `data.virtual`), and the start token.  None for a decoder alone."""
+    start = getattr(model.config, "start_id", None)
+    if start is None:
+        return None
+    own = getattr(variables.get("adapters", {}).get("prompt"), "decoder_tokens", 0)
+    return np.array([[*(prompt[0] - own - k for k in range(own)), start] for prompt in prompts], np.int32)
+
+
 def generate(
     model: Any,
     variables: Tree,
@@ -122,12 +141,14 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    slots: int | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt, its stop token left out.  Greedy tokens equal transformers' `generate`.
 
     Args:
       prompts: token ids, behind those of the virtual tokens where the adapter has any.
       batch_size: prompts to a batch; None: all at once.  The last batch is filled up with copies of its first prompt.
+      slots: what prompts are padded to; None: the longest of them, rounded up.
     """
     sampling = sampling or Sampling()
     check_sampling(sampling)
@@ -138,7 +159,7 @@ def generate(
             f"Prompt {next(i for i, p in enumerate(prompts) if not len(p))} is empty; a model needs one token."
         )
     size = batch_size or len(prompts)
-    length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    length = slots or -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     answers: list[list[int]] = []
     for start in range(0, len(prompts), size):
         rows = list(prompts[start : start + size])
@@ -148,9 +169,8 @@ def generate(
             tokens[i, length - len(row) :] = row
             segments[i, length - len(row) :] = 1
         key = jax.random.fold_in(jax.random.key(seed), start)
-        out, count = decode(
-            model, variables, tokens, segments, key, new=max_new_tokens, stop_ids=tuple(stop_ids), sampling=sampling
-        )
+        how = {"new": max_new_tokens, "stop_ids": tuple(stop_ids), "sampling": sampling}
+        out, count = decode(model, variables, tokens, segments, key, **how, starts=starts_of(model, variables, rows))
         out, count = np.asarray(out), np.asarray(count)
         for row, n in zip(out[: len(prompts) - start], count, strict=False):
             ids = row[:n].tolist()

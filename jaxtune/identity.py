@@ -9,7 +9,7 @@ from typing import Any
 from jaxtune.errors import DataError, UserError
 
 # What may change between two starts of one run: where things run, how they are shown, how long it goes on.
-FREE = ("mesh", "logging", "checkpoint", "export", "evaluate")
+FREE = ("mesh", "logging", "wandb", "storage", "checkpoint", "export", "evaluate")
 FREE_KEYS = (
     "model.id",  # the weights' own hash stands for it
     "data.train",  # as the rows' does here
@@ -20,8 +20,11 @@ FREE_KEYS = (
     "train.epochs",
     "train.eval_every",
     "train.save_every",
+    "train.eval_unit",
+    "train.save_unit",
     "train.log_every",
     "train.remat",
+    "train.deterministic",
     "optim.offload",  # the same bits
 )
 
@@ -41,8 +44,16 @@ def identity(config: dict[str, dict[str, Any]], total_steps: int, **hashes: str)
     return kept | hashes
 
 
-def check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
+def check_same(
+    what: str,
+    was: dict[str, str],
+    now: dict[str, str],
+    otherwise: str = "give a new `--workdir` to start another",
+) -> None:
     """Refuses to go on with a run from a checkpoint of another.
+
+    Args:
+      otherwise: what to do instead of setting the differences back.
 
     Raises:
       UserError, DataError: a table of what differs.
@@ -66,5 +77,5 @@ def check_same(what: str, was: dict[str, str], now: dict[str, str]) -> None:
     data = "rows" in keys and set(keys) <= {"rows", "train.steps"}
     raise (DataError if data else UserError)(
         f"{what} was saved by a run with other {'data' if data else 'settings'}:\n  {table}\n"
-        f"Set these back to go on with that run, or give a new `--workdir` to start another."
+        f"Set these back to go on with that run, or {otherwise}."
     )

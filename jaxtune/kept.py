@@ -4,6 +4,7 @@
     100/manifest.sha256    a digest of each file beside it
     tmp/                   a save under way or a step being deleted; emptied at the next start
     quarantine/            steps that failed verification, kept to be looked at
+    abandoned/             steps that a run which went back to an earlier one has left behind
 
 No jax: `torch_gpu` keeps its checkpoints so too.
 """
@@ -16,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtune.errors import CannotCreateError, MissingInputError, NoCheckpointError, StorageError, UserError
 from jaxtune.rundir import check_manifest, sync_directory, write_json_atomic, write_manifest
@@ -28,6 +29,16 @@ FORMAT = 1
 DISK_TROUBLE = re.compile(
     "RESOURCE_EXHAUSTED|PERMISSION_DENIED|No space left|Disk quota|File too large|Read-only|Input/output error|Stale"
 )
+
+
+class Goal(NamedTuple):
+    """What the best step is best by: a key of its record's metrics, and whether the least (min) or largest is best."""
+
+    metric: str
+    mode: str
+
+
+EVAL_LOSS = Goal("eval_loss", "min")
 
 
 def open_directory(directory: Path) -> Path:
@@ -89,12 +100,14 @@ def diverged(directory: Path, step: int, bad: list[str]) -> str:
     )
 
 
-def delete_old(directory: Path, keep_last_n: int, keep_best_n: int, say: Callable[[str], None]) -> None:
+def delete_old(
+    directory: Path, keep_last_n: int, keep_best_n: int, say: Callable[[str], None], goal: Goal = EVAL_LOSS
+) -> None:
     """Deletes what `expendable` names."""
-    losses: dict[int, float | None] = dict.fromkeys(steps(directory))
+    values: dict[int, float | None] = dict.fromkeys(steps(directory))
     if keep_best_n:
-        losses = {step: eval_loss_of(directory / str(step)) for step in losses}
-    for step in expendable(losses, keep_last_n, keep_best_n):
+        values = {step: value_of(directory / str(step), goal.metric) for step in values}
+    for step in expendable(values, keep_last_n, keep_best_n, goal.mode):
         # Renamed first: a kill while files are being deleted must not leave half a step in sight.
         try:
             os.rename(directory / str(step), directory / "tmp" / f"old-{step}")
@@ -130,14 +143,14 @@ def choose(directory: Path, say: Callable[[str], None]) -> int | None:
     return chosen
 
 
-def quarantine(directory: Path, name: str) -> Path:
-    """Moves a step aside; returns where it is now."""
-    folder = directory / "quarantine"
+def quarantine(directory: Path, name: str, to: str = "quarantine") -> Path:
+    """Moves a step aside, into the folder `to`; returns where it is now."""
+    folder = directory / to
     folder.mkdir(exist_ok=True)
     taken = len([p for p in folder.iterdir() if p.name.split(".")[0] == name])
-    to = folder / (f"{name}.{taken}" if taken else name)
-    os.rename(directory / name, to)
-    return to
+    moved = folder / (f"{name}.{taken}" if taken else name)
+    os.rename(directory / name, moved)
+    return moved
 
 
 def steps(directory: Path) -> list[int]:
@@ -148,12 +161,22 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def expendable(losses: dict[int, float | None], keep_last_n: int, keep_best_n: int) -> list[int]:
-    """Of {step: evaluation loss or None}, the steps that are neither among the newest nor among the best."""
-    newest = sorted(losses)[-keep_last_n:]
-    scored = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-    best = [-step for _, step in sorted(scored)[:keep_best_n]]
-    return [step for step in sorted(losses) if step not in newest and step not in best]
+def expendable(values: dict[int, float | None], keep_last_n: int, keep_best_n: int, mode: str = "min") -> list[int]:
+    """Of {step: metric or None}, the steps that are neither among the newest nor among the best."""
+    newest, best = sorted(values)[-keep_last_n:], best_first(values, mode)[:keep_best_n]
+    return [step for step in sorted(values) if step not in newest and step not in best]
+
+
+def best_first(values: dict[int, float | None], mode: str) -> list[int]:
+    """The steps that have a value, the best first and of equals the newest."""
+    sign = {"min": 1, "max": -1}[mode]
+    scored = [(sign * value, -step) for step, value in values.items() if value is not None and math.isfinite(value)]
+    return [-step for _, step in sorted(scored)]
+
+
+def best_steps(directory: Path, goal: Goal) -> list[int]:
+    """The steps in a directory whose evaluation has the metric, the best first."""
+    return best_first({step: value_of(directory / str(step), goal.metric) for step in steps(directory)}, goal.mode)
 
 
 def verify(step: Path) -> str | None:
@@ -175,18 +198,19 @@ def verify(step: Path) -> str | None:
     return None
 
 
-def eval_loss_of(step: Path) -> float | None:
+def value_of(step: Path, metric: str) -> float | None:
+    """A number of the evaluation that a step was saved with; None where it has none."""
     try:
-        return json.loads((step / RECORD).read_bytes())["metrics"].get("eval_loss")
+        return json.loads((step / RECORD).read_bytes())["metrics"].get(metric)
     except (OSError, ValueError, KeyError):
         return None
 
 
-def pick(directory: Path, which: str, say: Callable[[str], None]) -> Path:
+def pick(directory: Path, which: str, say: Callable[[str], None], goal: Goal = EVAL_LOSS) -> Path:
     """A step whose every byte is as it was saved.
 
     Args:
-      which: newest | best (by evaluation loss) | a step's number.  say: is told of damaged ones that are passed over.
+      which: newest | best (by `goal`) | a step's number.  say: is told of damaged ones that are passed over.
 
     Raises:
       MissingInputError: there are none.  UserError: not the one that is asked for.  NoCheckpointError: all are damaged.
@@ -198,11 +222,9 @@ def pick(directory: Path, which: str, say: Callable[[str], None]) -> Path:
     if which == "newest":
         order = there[::-1]
     elif which == "best":
-        losses = {step: eval_loss_of(directory / str(step)) for step in there}
-        scored = [(loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-        order = [-step for _, step in sorted(scored)]
+        order = best_steps(directory, goal)
         if not order:
-            raise UserError(f"No checkpoint in {directory} has an evaluation loss. There are: {listed}.")
+            raise UserError(f"No checkpoint in {directory} has an evaluation's {goal.metric}. There are: {listed}.")
     elif which in map(str, there):
         order = [int(which)]
     else:

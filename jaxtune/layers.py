@@ -70,6 +70,14 @@ def adapter_of(module: nn.Module, name: str) -> Any:
     return adapter if shared is None else adapter.replace(shared=shared)
 
 
+def dropout(x: Array, rate: float, rng: Any) -> Array:
+    """Inverted dropout; `rng` None turns it off."""
+    if not rate or rng is None:
+        return x
+    keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
 class Linear(nn.Module):
     """y = x W without bias.  Activations are flattened to [B*T, I] for the product: XLA's CPU backend multiplies 2-D
     operands 1.6 times faster, and kernels stay plain matrices for quantisation, sharding and exchange."""
@@ -184,6 +192,6 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
-def abstract_params(module: nn.Module, *args: Any) -> Tree:
+def abstract_params(module: nn.Module, *args: Any, **kwargs: Any) -> Tree:
     """Shapes and logical axes of the parameters: `LogicallyPartitioned` boxes of ShapeDtypeStructs, no memory."""
-    return jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ from jaxtune.typing import Tree
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward_logits(model: Any, variables: Tree, tokens: Any, segments: Any) -> Any:
-    """Float32 logits [B, T, V] of every position, soft-capped: for inspection, never for training."""
+def forward_logits(model: Any, variables: Tree, tokens: Any, segments: Any, source: Any = None) -> Any:
+    """Float32 logits [B, T, V] of every position, soft-capped: for inspection, never for training.
+
+    Args:
+      source: (tokens, segments) that an encoder reads; then the others are the decoder's.
+    """
     # Counted from each row's first token: what stands before all texts (a prefix) is as near to every one of them.
     first = jnp.argmax(segments > 0, axis=1)[:, None]
     positions = jnp.maximum(jnp.arange(tokens.shape[1])[None] - first, 0)
-    hidden, _ = model.apply(variables, tokens, positions, segments)
+    read = {} if source is None else {"source_tokens": source[0], "source_segments": source[1]}
+    hidden, _ = model.apply(variables, tokens, positions, segments, **read)
     return output_logits(hidden, model.apply(variables, method="head"), model.config.final_softcap)
 
 
@@ -56,40 +62,45 @@ class LanguageModel:
 
         Args:
           input_ids: [B, T] integers.  attention_mask: [B, T], 0 where padding, on either side.
-          labels: for encoder-decoders.  task_id: for multitask prompts, an integer or one for each row.
+          labels: [B, T] of an encoder-decoder, whose encoder reads input_ids: what its decoder is to say, which reads
+            them shifted right.  -100 is padding.
+          task_id: for multitask prompts, an integer or one for each row.
 
         Returns:
-          float32 [B, T, V]: of the given tokens, not of virtual ones.
+          float32 [B, T, V]: of the given tokens (of `labels`, where there are any), not of virtual ones.
         """
-        if labels is not None:
-            raise UserError("`labels` is for encoder-decoders; this model is none.")
-        try:
-            tokens = np.asarray(input_ids, np.int32)
-        except (TypeError, ValueError):
+        c, two = self.base.model.config, self.base.encodes
+        if (labels is not None) != two:
             raise UserError(
-                "input_ids must be integers of shape [B, T]. Rows of different lengths are padded, with attention_mask "
-                "0 there; texts go through `lm.tokenizer.encode`."
-            ) from None
-        if tokens.ndim != 2:
-            raise UserError(f"input_ids has shape {tokens.shape}; it must be [B, T].")
-        vocabulary = self.base.model.config.vocab_size
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
-            raise UserError(
-                f"input_ids holds ids from {tokens.min()} to {tokens.max()}; the vocabulary has {vocabulary}."
+                "This model is an encoder and a decoder: give `labels`, what the decoder is to say to input_ids."
+                if two
+                else "`labels` is for encoder-decoders; this model is none."
             )
+        tokens = check_ids(input_ids, "input_ids", c.vocab_size)
         segments = np.ones_like(tokens) if attention_mask is None else (np.asarray(attention_mask) > 0).astype(np.int32)
         if segments.shape != tokens.shape:
             raise UserError(f"attention_mask has shape {segments.shape}; it must be input_ids' {tokens.shape}.")
-        virtual, rows = self.virtual, len(tokens)
-        tokens, segments, slots = insert(tokens, segments, virtual, tasks_of(virtual, task_id, rows))
+        virtual, source = self.virtual, None
+        tasks = tasks_of(virtual, task_id, len(tokens))
+        tokens, segments, slots = insert(tokens, segments, virtual, tasks)
+        if two:
+            labels = np.asarray(labels)
+            given = np.where(labels == -100, c.pad_id, labels) if labels.dtype.kind in "iu" else labels
+            given = check_ids(given, "labels", c.vocab_size)
+            if len(given) != len(tokens):
+                raise UserError(f"labels has {len(given)} rows, and input_ids {len(tokens)}.")
+            source, tokens = (tokens, segments), decoder_reads(given, c.start_id, virtual, tasks)
+            segments = np.ones_like(tokens)  # as in transformers: what is padding comes last
         with jax.set_mesh(self.mesh):
-            logits = np.asarray(forward_logits(self.base.model, self.variables, tokens, segments))
+            logits = np.asarray(forward_logits(self.base.model, self.variables, tokens, segments, source))
+        if two:
+            return logits[:, tokens.shape[1] - given.shape[1] :]
         return np.take_along_axis(logits, slots[..., None], axis=1) if virtual.count else logits
 
     @property
     def virtual(self) -> Virtual:
         """The virtual tokens before every text."""
-        return virtual_of(self.peft.method, self.peft.config) if self.peft else NONE
+        return virtual_of(self.peft.method, self.base.layout, self.peft.config) if self.peft else NONE
 
     def generate(
         self,
@@ -113,7 +124,8 @@ class LanguageModel:
         if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
             raise UserError("`prompts` is a list of texts, or of chats; for one of them write generate([prompt]).")
         before = [self.virtual.ids(task).tolist() for task in tasks_of(self.virtual, task_id, len(prompts))]
-        ids = [own + encode_prompt(self.tokenizer, prompt) for own, prompt in zip(before, prompts, strict=True)]
+        encode = functools.partial(encode_prompt, self.tokenizer, ended=self.base.encodes)
+        ids = [own + encode(prompt) for own, prompt in zip(before, prompts, strict=True)]
         sampling = Sampling(temperature, top_k, top_p)
         with jax.set_mesh(self.mesh):
             out = generate(
@@ -139,7 +151,8 @@ class LanguageModel:
         if self.peft is None:
             raise UserError("This model has no adapter to save. Load one with jaxtune.load(..., adapter=DIR).")
         name = self.peft.base or self.base.id
-        readme = card("adapter", name, self.peft.method.PEFT_TYPE.lower(), over=self.peft.trained_over)
+        about = {"over": self.peft.trained_over, "seq2seq": self.base.encodes}
+        readme = card("adapter", name, self.peft.method.PEFT_TYPE.lower(), **about)
         place = (self.base, self.mesh, self.variables, self.peft, name)
         write_adapter(
             Path(directory), *place, readme=readme, say=functools.partial(warnings.warn, stacklevel=2), changes=False
@@ -173,6 +186,7 @@ class LanguageModel:
         if self.peft is None:
             raise UserError("This model has no adapter to merge. Load one with jaxtune.load(..., adapter=DIR).")
         method = self.peft.method.PEFT_TYPE.lower()
+        about = {"over": self.peft.trained_over or self.base.settings, "onto": onto, "seq2seq": self.base.encodes}
         return save_merged(
             Path(directory),
             self.base,
@@ -181,7 +195,7 @@ class LanguageModel:
             logits=logits_of(self.base, self.mesh, self.variables, self.peft),
             dtype=dtype or self.base.model.dtype,
             shard_bytes=size_of(max_shard_size),
-            readme=card("merged", self.base.id, method, over=self.peft.trained_over or self.base.settings, onto=onto),
+            readme=card("merged", self.base.id, method, **about),
             onto=onto,
         )
 
@@ -196,14 +210,44 @@ def check_dtype(dtype: str) -> None:
         raise UserError(f"dtype is {dtype!r}. It can be: float32, bfloat16, float16.")
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+def check_ids(values: Any, name: str, vocabulary: int) -> np.ndarray:
+    """Token ids as an array.
+
+    Raises:
+      UserError: they are no integers [B, T] of that vocabulary.
+    """
+    try:
+        ids = np.asarray(values, np.int32)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{name} must be integers of shape [B, T]. Rows of different lengths are padded, with attention_mask 0 "
+            "there (-100 in labels); texts go through `lm.tokenizer.encode`."
+        ) from None
+    if ids.ndim != 2:
+        raise UserError(f"{name} has shape {ids.shape}; it must be [B, T].")
+    if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+        raise UserError(f"{name} holds ids from {ids.min()} to {ids.max()}; the vocabulary has {vocabulary}.")
+    return ids
+
+
+def decoder_reads(labels: np.ndarray, start_id: int, virtual: Virtual, tasks: Sequence[int]) -> np.ndarray:
+    """What a decoder reads to say `labels` [B, T]: its own virtual tokens, the start token, all labels but the last."""
+    own = np.stack([virtual.decoder_ids(task) for task in tasks])
+    return np.concatenate([own, np.full_like(labels[:, :1], start_id), labels[:, :-1]], axis=1)
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, ended: bool = False) -> list[int]:
     """Token ids of a text (BOS before it) or of a chat, ready for the model's answer.
+
+    Args:
+      ended: EOS behind a text, as encoders have read it.
 
     Raises:
       UserError: a chat, and the tokenizer has no template; or a chat that the template refuses.
     """
     if isinstance(prompt, str):
-        return [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(prompt)
+        ids = [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(prompt)
+        return ids + [tokenizer.eos_id] * (ended and ids[-1:] != [tokenizer.eos_id])
     if tokenizer.chat_template is None:
         raise UserError("This checkpoint's tokenizer has no chat template. Give the prompts as texts.")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
@@ -249,7 +293,7 @@ def load(
 
 def optional_tokenizer(directory: Path) -> Any | None:
     """The checkpoint's tokenizer, or None where it has none (logits need none)."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "spiece.model")):
         return None
     from jaxtune.tokenizer import load_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxtune.layers import constrain
 from jaxtune.quant.box import Quantised
@@ -33,17 +33,17 @@ def cross_entropy(
     """
     if isinstance(table, Quantised):
         table = table.astype(hidden.dtype)  # once for all chunks
-    B, T, _ = hidden.shape
-    size = min(T, max(1, CHUNK_TOKENS // B))
-    padding = -T % size
-
-    def chunks(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
-
     # Under fsdp the table is gathered here, once, and not in every turn of the loop.
     table = constrain(table, "vocab", "activation")
-    return _cross_entropy(softcap, chunks(hidden), table, chunks(targets), chunks(weights))
+    return _cross_entropy(softcap, chunked(hidden), table, chunked(targets), chunked(weights))
+
+
+def chunked(x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "n B C *rest"]:
+    """Positions in pieces of at most CHUNK_TOKENS tokens, the last one filled up with zeros."""
+    B, T = x.shape[:2]
+    size = min(T, max(1, CHUNK_TOKENS // B))
+    x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,9 +85,15 @@ def _backward(softcap, residuals, g):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+def hidden_of(model: Any, variables: Tree, batch: dict[str, Array], **how: Any) -> Float[Array, "B T D"]:
+    """The final hidden states of a batch, of a decoder alone or behind an encoder.  how: as `model.apply`."""
+    if "source_tokens" in batch:
+        how |= {"source_tokens": batch["source_tokens"], "source_segments": batch["source_segment_ids"]}
+    return model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], **how)[0]
+
+
 def batch_loss(model: Any, variables: Tree, batch: dict[str, Array], key: Array | None = None) -> Float[Array, ""]:
     """The summed loss of a batch; `key` turns dropout on."""
-    rngs = None if key is None else {"dropout": key}
-    hidden, _ = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs)
+    hidden = hidden_of(model, variables, batch, rngs=None if key is None else {"dropout": key})
     table = model.apply(variables, method="head")
     return cross_entropy(hidden, table, batch["targets"], batch["weights"], model.config.final_softcap)

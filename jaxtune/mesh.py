@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("length", None),
     ("rank", None),
     ("norm", None),
+    ("buckets", None),
     ("layers", None),
 )
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, one line a step, and the same numbers for TensorBoard.
+"""`metrics.jsonl`, one line a step, and the same numbers for TensorBoard (and for who else wants them).
 
 Nothing here stops a run: a file that cannot be written is given up with one warning.  No jax: `torch_gpu` uses it too.
 """
@@ -30,6 +30,7 @@ class MetricsLog:
       tensorboard: whether to write `tensorboard/` too.
       say: takes a warning.
       quiet: write nothing (every process of a run but the first).
+      also: takes what TensorBoard does: step, {'train/loss': ...}, and whether it is of an evaluation.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class MetricsLog:
         tensorboard: bool,
         say: Callable[[str], None] = print,
         quiet: bool = False,
+        also: Callable[[int, Mapping[str, float], bool], None] | None = None,
     ):
+        self._also = also
         path = workdir / "metrics.jsonl"
         self._lines: Appender | None = None
         self._board: Appender | None = None
@@ -82,10 +85,12 @@ class MetricsLog:
         line = {"step": step} | {key: finite.get(key) for key in values}
         if self._lines:
             self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        group = "train" if "loss" in values else "eval"
+        tags = {f"{group}/{key.removeprefix('eval_')}": float(value) for key, value in finite.items()}
         if self._board:
-            group = "train" if "loss" in values else "eval"
-            tags = {f"{group}/{key.removeprefix('eval_')}": float(value) for key, value in finite.items()}
             self._board.write(events.scalars(step, tags))
+        if self._also:
+            self._also(step, tags, group == "eval")
 
 
 def lines_until(data: bytes, step: int) -> bytes:
@@ -132,10 +137,11 @@ class StepLog:
         rate, tokens = values["learning_rate"], counts["tokens"]
         self._progress.step(step, loss=values["loss"], learning_rate=rate, tokens=tokens, seconds=seconds)
 
-    def evaluation(self, step: int, eval_loss: float) -> None:
-        """Logs an evaluation; its time is not the next step's."""
-        self._log.write(step, {"eval_loss": eval_loss})
-        self._progress.evaluation(step, eval_loss)
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Logs an evaluation: `eval_loss`, and what else there is."""
+        self._log.write(step, scores)
+        more = {name: value for name, value in scores.items() if name not in ("eval_loss", "perplexity")}
+        self._progress.evaluation(step, scores["eval_loss"], more)
 
     def restart_clock(self) -> None:
         """What happened since the last step (an evaluation, a save) is not part of the next one."""

@@ -66,6 +66,11 @@ def make_schedule(c: Any, total_steps: int) -> optax.Schedule:
     return relaxed(optax.join_schedules([warmup, after], [c.warmup_steps]))
 
 
+def later(schedule: optax.Schedule, steps: int) -> optax.Schedule:
+    """The schedule from a step on, for an optimiser that counts from there."""
+    return (lambda count: schedule(count + steps)) if steps else schedule
+
+
 def make_optimiser(c: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The `optim` section as an optax transformation.
 

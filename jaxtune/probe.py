@@ -20,7 +20,7 @@ from jaxtune.errors import ExportError
 from jaxtune.hf.adapters import PeftAdapter, adapter_tensors, place_adapters, save_adapter
 from jaxtune.hf.base import Base
 from jaxtune.hf.merge import TOLERANCE, difference
-from jaxtune.lm import forward_logits
+from jaxtune.lm import decoder_reads, forward_logits
 from jaxtune.peft.method import from_variables, virtual_of
 from jaxtune.typing import Tree
 
@@ -41,15 +41,18 @@ def logits_of(base: Base, mesh: Mesh, variables: Tree, peft: PeftAdapter | None)
             own = np.asarray(leaf)[: LENGTH // 2]
             ids[:, 1 : 1 + len(own)] = own
 
-    virtual = virtual_of(peft.method, peft.config) if peft else NONE
+    virtual = virtual_of(peft.method, base.layout, peft.config) if peft else NONE
 
     def logits(variables: Tree) -> np.ndarray:
         before = virtual if "prompt" in variables.get("adapters", {}) else NONE
-        tokens = np.concatenate(
-            [np.stack([before.ids(row % max(before.tasks, 1)) for row in range(ROWS)]), ids], axis=1
-        )
+        tasks = [row % max(before.tasks, 1) for row in range(ROWS)]
+        tokens, source = np.concatenate([np.stack([before.ids(task) for task in tasks]), ids], axis=1), None
+        if base.encodes:  # which reads the same tokens, and the decoder is to say them again
+            source = tokens, np.ones_like(tokens)
+            tokens = decoder_reads(ids, model.config.start_id, before, tasks)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-            return np.asarray(forward_logits(model, variables, tokens, np.ones_like(tokens)))[:, before.count :]
+            found = forward_logits(model, variables, tokens, np.ones_like(tokens), source)
+        return np.asarray(found)[:, -LENGTH:]
 
     return logits
 

@@ -89,10 +89,11 @@ def export(
     kind = export_kind(config, merged)
     where = out or workdir / kind
     name, method = section["base_model_name_or_path"] or config["model"]["id"], config["peft"]["method"]
-    readme = card(kind, name, method, run, section["push_to_hub"], over=base.settings, onto=onto)
+    about = {"over": base.settings, "onto": onto, "seq2seq": base.encodes}
+    readme = card(kind, name, method, run, section["push_to_hub"], **about)
     dtype = dtype or base.model.dtype
     if kind == "model":
-        how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme}
+        how = {"dtype": dtype, "shard_bytes": shard_bytes, "readme": readme, "changes": base.as_written}
         save_params(where, base.rows, variables["params"], base.directory, **how)
         return where
     if kind == "merged":
@@ -126,6 +127,7 @@ def how_to_load(where: Path, base: Base) -> str:
     if not (where / "adapter_config.json").exists():
         return (
             f"The model is in {where}. To load it:\n"
-            f"  model = transformers.AutoModelForCausalLM.from_pretrained({str(where)!r}, dtype='auto')"
+            f"  model = transformers.{handover.auto_class(base.encodes)}.from_pretrained({str(where)!r}, dtype='auto')"
         )
-    return handover.how_to_load(where, base.directory, str(jnp.dtype(base.model.dtype)), base.settings)
+    dtype = str(jnp.dtype(base.model.dtype))
+    return handover.how_to_load(where, base.directory, dtype, base.settings, seq2seq=base.encodes)

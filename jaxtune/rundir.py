@@ -120,6 +120,14 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_json_or(path: Path, otherwise: Any) -> Any:
+    """What a JSON file holds, or `otherwise` where it is not there or torn."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return otherwise
+
+
 def update_run(workdir: Path, status: str, **fields: Any) -> None:
     """Writes `run.json`: status, started, ended, and `fields` (exit_code, resume_command, step, …) over what is there.
 

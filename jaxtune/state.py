@@ -1,6 +1,7 @@
 """The state of a run: what a step changes, made on its devices, and put into and taken out of checkpoints."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.identity import identity
 from jaxtune.typing import Tree
 
-__all__ = ["State", "identity", "make_state", "resume", "to_save"]
+__all__ = ["Resumed", "State", "identity", "make_state", "resume", "to_save"]
 
 
 @struct.dataclass
@@ -41,16 +42,29 @@ def make_state(
     return State(jax.device_put(jnp.int32(0), meshes.replicated(mesh)), trainable, opt_state)
 
 
-def to_save(state: State) -> dict[str, Tree]:
-    """What a checkpoint holds; the step is its name."""
-    return {"trainable": state.trainable, "opt_state": state.opt_state}
+def to_save(state: State, optimiser: bool = True) -> dict[str, Tree]:
+    """What a checkpoint holds; the step is its name.  optimiser: its state, too."""
+    return {"trainable": state.trainable} | ({"opt_state": state.opt_state} if optimiser else {})
 
 
-def resume(checkpoints: Checkpoints, state: State) -> tuple[State, int]:
-    """(state, row cursor) of the newest good checkpoint, on the shardings of `state`; or `state` and 0."""
+class Resumed(NamedTuple):
+    """What a run goes on with.  rows: the row cursor.  optimiser_from: the step at which the optimiser last started
+    fresh, and counts from; above 0 the run is not the one that never stopped."""
+
+    state: State
+    rows: int
+    optimiser_from: int
+
+
+def resume(checkpoints: Checkpoints, state: State, find: Callable[[], int | None] | None = None) -> Resumed:
+    """That of the checkpoint that `find` gives (None: the newest good one), on the shardings of `state`; or `state`.
+
+    A checkpoint without the optimiser's state leaves that of `state`.
+    """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), to_save(state))
-    restored = checkpoints.restore(abstract)
+    restored = checkpoints.restore(abstract, find)
     if restored is None:
-        return state, 0
+        return Resumed(state, 0, 0)
     step = jax.device_put(jnp.int32(restored.step), state.step.sharding)
-    return State(step, restored.state["trainable"], restored.state["opt_state"]), restored.rows
+    opt_state = restored.state.get("opt_state", state.opt_state)
+    return Resumed(State(step, restored.state["trainable"], opt_state), restored.rows, restored.optimiser_from)

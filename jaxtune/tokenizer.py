@@ -120,7 +120,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
                 f"It has: {', '.join(names[:20]) or 'nothing'}. "
                 "Copy the checkpoint's tokenizer files there."
             )
-        backend = _from_sentencepiece(directory / name, config)
+        backend = _from_sentencepiece(directory / name, config, model)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     vocab_size = max(vocabulary.values()) + 1
     if len(set(vocabulary.values())) != len(vocabulary):
@@ -207,7 +207,7 @@ def _from_json(path: Path, config: dict[str, Any], vocab_size: int) -> Any:
     return backend
 
 
-def _from_sentencepiece(path: Path, config: dict[str, Any]) -> Any:
+def _from_sentencepiece(path: Path, config: dict[str, Any], model: dict[str, Any]) -> Any:
     backend, space_first = spm.load(_bytes(path, MAX_VOCABULARY_BYTES), str(path))
     size = backend.get_vocab_size()
     more = {
@@ -215,8 +215,9 @@ def _from_sentencepiece(path: Path, config: dict[str, Any]) -> Any:
         for i, token in config.get("added_tokens_decoder", {}).items()
         if str(i).isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str)
     }
-    if not more and "T5" in str(config.get("tokenizer_class", "")):
-        # T5's sentinels lie behind the vocabulary in reverse.
+    t5 = "T5" in str(config.get("tokenizer_class", "")) if config else model.get("model_type") == "t5"
+    if t5 and not more:
+        # T5's sentinels lie behind the vocabulary in reverse.  (mT5 has none, and says so in its config.)
         count = config.get("extra_ids", 100)
         more = {size + i: f"<extra_id_{count - 1 - i}>" for i in range(count if isinstance(count, int) else 100)}
     for i, content in sorted(more.items()):

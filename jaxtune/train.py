@@ -12,19 +12,36 @@ from typing import Any
 
 import jax
 
-from jaxtune import adapt, cli, config, evaluate, optim, results, rundir, steplog, tree
+from jaxtune import (
+    adapt,
+    answers,
+    cli,
+    config,
+    deterministic,
+    measure,
+    optim,
+    results,
+    rundir,
+    scoring,
+    steplog,
+    storage,
+    tree,
+    wandb_log,
+)
 from jaxtune import mesh as meshes
+from jaxtune.cadence import cadence
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.console import Console, Progress
-from jaxtune.data.batches import Batch, eval_batches
+from jaxtune.data.batches import Batch, eval_batches, real_tokens
 from jaxtune.data.splits import fingerprint, read_prompts, read_splits, rows_to_train, train_batches
-from jaxtune.errors import CannotCreateError
 from jaxtune.hf import hub
 from jaxtune.hf.base import open_base
 from jaxtune.hf.card import Run
 from jaxtune.hf.handover import held_as
 from jaxtune.lm import encode_prompt
 from jaxtune.metrics import MetricsLog
+from jaxtune.models import decoder_start
+from jaxtune.origin import check_path, find_start, inexact
 from jaxtune.quant import scheme_of
 from jaxtune.rundir import STOPPED
 from jaxtune.signals import stop_requests
@@ -32,12 +49,12 @@ from jaxtune.state import identity, make_state, resume, to_save
 from jaxtune.step import eval_step, train_step
 from jaxtune.tokenizer import load_tokenizer
 
-SHOWN = 8  # answers in the table
-
 
 def main(argv: Sequence[str]) -> int:
     arguments = cli.parse("jaxtune.train", argv, __doc__ or "")
     workdir = rundir.open_workdir(arguments.workdir)
+    c: Any = arguments.config
+    deterministic.ask(c.train.deterministic)
     first = jax.process_index() == 0  # alone writes to the run directory
     record = rundir.RunRecord(workdir, arguments.command, quiet=not first)
     with (
@@ -46,12 +63,13 @@ def main(argv: Sequence[str]) -> int:
         stop_requests() as stop,
     ):
         try:
-            code = train(arguments.config, workdir, console, stop, record.start, record.note)
+            with storage.synced(c.storage.sync_to if first else None, workdir, console.say) as saved:
+                code = train(c, workdir, console, stop, record.start, record.note, saved)
+                record.end(code)
         except BaseException as error:
             console.record(f"error: {str(error) or type(error).__name__}")
             record.fail(error)
             raise
-        record.end(code)
         if code == STOPPED:
             console.say(f"Stopped; what was done is saved. To go on:\n  {arguments.command}")
         return code
@@ -64,20 +82,28 @@ def train(
     stop: Sequence[int] = (),
     accepted: Callable[[dict[str, Any]], None] = lambda config: None,
     note: Callable[..., None] = lambda **facts: None,
+    saved: Callable[[], None] = lambda: None,
 ) -> int:
     """The run, from a checked config to an exported adapter; returns the exit code.
 
     Args:
       stop: no longer empty when the run is to stop.
       accepted: called with the plain config once nothing of the command is left to refuse.
-      note: called with what the finished run took.
+      note: called with facts of the run: what it took, whether it is exact.
+      saved: called when a checkpoint is committed.
     """
     plain = config.to_json(c)
     usual = adapt.learning_rate(plain["peft"])  # refuses what it cannot mean before anything is read
     if c.optim.learning_rate is None:
         c.optim.learning_rate = plain["optim"]["learning_rate"] = usual
+    goal = scoring.goal_of(plain)
+    scored_by = {"metrics": scoring.names_of(c.evaluate.metrics), "no_answer": c.data.no_answer}
+    check_path(c.checkpoint.resume)
+    wandb_log.check(plain)
     results.check_push(plain)
     optim.check_offload(c.optim)
+    samples, latest = workdir / "samples.jsonl", []  # latest: the answers of the evaluation before
+    first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- Data: tokenised before a weight is loaded
     quant = scheme_of(c.model.quant, c.model.double_quant, c.model.quant_embedding)
@@ -87,11 +113,13 @@ def train(
     adapt.check_targets(plain["peft"], base)
     tokenizer = load_tokenizer(base.directory)
     virtual = adapt.virtual_tokens(plain["peft"], base)
-    rows, held, length = read_splits(c.data, tokenizer, console.say, virtual)
-    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples, virtual)
+    start_id = decoder_start(base.hf_config)
+    rows, held, length = read_splits(c.data, tokenizer, console.say, virtual, start_id)
+    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples, virtual, start_id)
     size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
     end = rows_to_train(c.train, rows)
     total = math.ceil(end / size)
+    evaluates, saves = cadence(c.train, "eval", rows), cadence(c.train, "save", rows)
     if c.optim.warmup_steps >= total:
         console.say(
             f"WARNING: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
@@ -106,9 +134,9 @@ def train(
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def put(batch: Batch, turns: int | None = None) -> dict[str, jax.Array]:
-        """A batch on its devices: [B, T], or [A, B/A, T] for `turns` = A micro-batches."""
+        """A batch on its devices: [B, T] each, or [A, B/A, T] for `turns` = A micro-batches."""
         where = meshes.batch_sharding(mesh, leading=turns is not None)
-        cut = {k: v if turns is None else v.reshape(turns, -1, length) for k, v in batch.items()}
+        cut = {k: v if turns is None else v.reshape(turns, -1, v.shape[1]) for k, v in batch.items()}
         return {k: jax.make_array_from_process_local_data(where, v) for k, v in cut.items()}
 
     with jax.set_mesh(mesh):
@@ -119,7 +147,7 @@ def train(
             f"{jax.default_backend()}"
         )
         how = {"dtype": c.model.dtype, "seed": c.train.seed, "total_steps": total}
-        encode = functools.partial(encode_prompt, tokenizer)
+        encode = functools.partial(encode_prompt, tokenizer, ended=base.encodes)
         adapted = adapt.adapt(plain["peft"], base, mesh, **how, encode=encode)
         console.say(
             f"{c.peft.method}: {tree.count(adapted.trainable):,} parameters train, learning rate "
@@ -130,37 +158,47 @@ def train(
             for line in adapt.handed_over(plain["peft"], base):
                 console.say(f"WARNING: {c.peft.init_from}: {line}")
         schedule = optim.make_schedule(c.optim, total)
-        optimiser = adapted.optimiser(optim.make_optimiser(c.optim, schedule))
-        if c.optim.offload:
-            optimiser = optim.offloaded(optimiser)
-        state = make_state(optimiser, adapted.trainable, mesh, offload=c.optim.offload)
+
+        def optimiser(start: int = 0) -> Any:
+            """The config's, counting its steps from `start`."""
+            made = adapted.optimiser(optim.make_optimiser(c.optim, optim.later(schedule, start)))
+            return optim.offloaded(made) if c.optim.offload else made
+
+        state = make_state(optimiser(), adapted.trainable, mesh, offload=c.optim.offload)
         frozen = adapted.frozen
         parts = {"model": base.model, "structure": adapted.structure}
-        rule = {"optimiser": optimiser, "schedule": schedule, "seed": c.train.seed, "penalty": adapted.penalty()}
-        step = jax.jit(functools.partial(train_step, **parts, **rule), donate_argnums=0)
         score = jax.jit(functools.partial(eval_step, **parts))
 
         def eval_loss() -> float:
             batches = eval_batches(held, eval_size, length, **share) if held else []
-            return evaluate.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), batches)
+            return answers.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), batches)
 
-        def answers(trainable: dict[str, jax.Array]) -> list[str]:
+        def answer(trainable: dict[str, jax.Array]) -> list[str]:
             how = {"max_new_tokens": c.evaluate.max_new_tokens, "shards": meshes.batch_shards(mesh)}
-            return evaluate.answer(base.model, adapted.variables(trainable), tokenizer, prompts, **how)
+            return measure.answer(base.model, adapted.variables(trainable), tokenizer, prompts, **how)
+
+        def evaluation() -> dict[str, float]:
+            found = scoring.losses(eval_loss())
+            if scoring.needs_answers(goal):
+                latest[:] = answer(state.trainable)
+                found |= scoring.score_answers(prompts, latest, **scored_by)
+            return found
 
         # ------------------------------------------------------------ Resume
         same = identity(plain, total, base=base.fingerprint, rows=fingerprint(rows))
-        keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n}
-        with Checkpoints(workdir / "checkpoints", **keep, identity=same, say=console.say) as checkpoints:
-            state, cursor = resume(checkpoints, state)
+        keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n, "goal": goal}
+        how = {**keep, "identity": same, "say": console.say, "saved": saved}
+        with Checkpoints(workdir / "checkpoints", **how) as checkpoints:
+            find = functools.partial(find_start, workdir, c.checkpoint.resume, goal, same, console.say)
+            state, cursor, fresh_at = resume(checkpoints, state, find)
             start = n = int(state.step)
-            if start and c.checkpoint.resume == "never":
-                raise CannotCreateError(
-                    f"{workdir} has checkpoints and `checkpoint.resume` is never. Give a new --workdir."
-                )
+            earlier = wandb_log.earlier(workdir)
             accepted(plain)
+            rule = {"optimiser": optimiser(fresh_at), "schedule": schedule, "seed": c.train.seed}
+            step = jax.jit(functools.partial(train_step, **parts, **rule, penalty=adapted.penalty()), donate_argnums=0)
             with (
-                MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=jax.process_index() > 0) as log,
+                wandb_log.opened(plain, workdir, earlier, note, console.say, quiet=not first) as send,
+                MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=not first, also=send) as log,
                 Progress(console, total=total, start=start, log_every=c.train.log_every) as progress,
             ):
                 steps = steplog.StepLog(log, progress)
@@ -168,11 +206,11 @@ def train(
                 # ---------------------------------------------------- Before the first step
                 if start:
                     console.say(f"resumed at step {start} of {total}, row {cursor}")
+                    inexact(start, fresh_at, console.say, note)
                 elif held:
-                    steps.evaluation(0, eval_loss())
-                if prompts and not (start and evaluate.has_answers(workdir / "samples.jsonl", prompts)):
-                    before = answers(adapted.trainable)
-                    evaluate.write_answers(workdir / "samples.jsonl", prompts, before=before)
+                    steps.evaluation(0, evaluation())
+                if prompts and not (start and answers.has_answers(samples, prompts)):
+                    answers.write_answers(samples, prompts, before=latest or answer(adapted.trainable))
                 if stop:
                     return STOPPED
 
@@ -184,14 +222,15 @@ def train(
                 for batch, cursor in coming:
                     n += 1
                     state, metrics = step(state, frozen, put(batch, turns))
-                    steps.add(n, metrics, tokens=int(batch["segment_ids"].sum()), rows=cursor)
-                    evaluating = held and (n == total or (c.train.eval_every and n % c.train.eval_every == 0))
-                    if evaluating or stop or n == total or n % c.train.save_every == 0:
+                    steps.add(n, metrics, tokens=real_tokens(batch), rows=cursor)
+                    evaluating = held and (n == total or evaluates(n))
+                    if evaluating or stop or n == total or saves(n):
                         steps.flush()
-                        scores = {"eval_loss": eval_loss()} if evaluating else {}
+                        scores = evaluation() if evaluating else {}
                         if scores:
-                            steps.evaluation(n, scores["eval_loss"])
-                        checkpoints.save(n, to_save(state), rows=cursor, metrics=scores)
+                            steps.evaluation(n, scores)
+                        kept = to_save(state, optimiser=c.checkpoint.save_optim)
+                        checkpoints.save(n, kept, rows=cursor, metrics=scores)
                         steps.restart_clock()
                     if stop and n < total:
                         return STOPPED
@@ -199,26 +238,18 @@ def train(
 
         # ------------------------------------------------------------ After the last
         if held and not scores:  # the run had ended before, and this command only completes it
-            scores = {"eval_loss": eval_loss()}
+            scores = scoring.losses(eval_loss())
+        scores = {name: value for name, value in scores.items() if name in scoring.LOSSES}
         if prompts:
-            before = [row["before"] for row in evaluate.read_answers(workdir / "samples.jsonl")]
-            table = evaluate.write_answers(
-                workdir / "samples.jsonl", prompts, before=before, after=answers(state.trainable)
-            )
-            console.say_answers(table[:SHOWN])
-            for when in ("before", "after"):
-                scores[f"exact_match_{when}"] = evaluate.exact_match(table, when)
-            console.say(
-                f"exact match on {len(table)} rows: {scores['exact_match_before']:.1%} before, "
-                f"{scores['exact_match_after']:.1%} after"
-            )
+            after = latest or answer(state.trainable)
+            scores |= scoring.before_and_after(samples, prompts, after, console, **scored_by)
         took = {"trainable_parameters": tree.count(adapted.trainable), "peak_memory_bytes": steplog.peak_memory()}
         note(base_parameters=tree.count(base.abstract), **took)
-        if jax.process_index() == 0:
+        if first:
             rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
         where = results.export(workdir, base, mesh, adapted, state.trainable, Run(plain, scores), console.say)
         console.say(results.how_to_load(where, base))
-        if c.export.push_to_hub and jax.process_index() == 0:
+        if c.export.push_to_hub and first:
             hub.publish(where, c.export.push_to_hub, private=c.export.private, say=console.say)
     return 0
 

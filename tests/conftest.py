@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            model = reference.randomise(reference.MODELS[name]())
+            model = reference.randomise((reference.MODELS | reference.LLAMAS | reference.T5S)[name]())
             made[name] = (model, reference.save(model, tmp_path_factory.mktemp(name)))
         return made[name]
 

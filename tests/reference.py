@@ -14,7 +14,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 # head_dim * heads != width, one kv head, more layers than one period of the window pattern.
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -70,6 +70,97 @@ def gemma3_multimodal() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+# One wave that the scaling leaves alone, two that it blends, others that it divides; texts are longer (17) than what
+# the model was trained on (14).
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 14,
+}
+
+
+def llama(**changes: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | changes))
+
+
+def mistral(**changes: Any) -> Any:
+    sizes = SMALL | changes
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**{"sliding_window": 5, **sizes}))
+
+
+def qwen3(**changes: Any) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL | changes))
+
+
+LLAMAS = {
+    "llama": lambda: llama(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5),
+    "llama_tied": lambda: llama(tie_word_embeddings=True, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
+    "llama_mha": lambda: llama(
+        num_key_value_heads=None,
+        head_dim=None,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    ),
+    "mistral": mistral,
+    "mistral_global": lambda: mistral(sliding_window=None, num_key_value_heads=2, head_dim=None),
+    "qwen3": lambda: qwen3(num_key_value_heads=2),
+    "qwen3_windows": lambda: qwen3(
+        use_sliding_window=True, sliding_window=4, max_window_layers=2, tie_word_embeddings=True
+    ),
+}
+
+# heads * d_kv != d_model, few and odd buckets, a decoder of another depth; texts are longer than the distance at which
+# the last bucket begins.
+T5_SMALL = {
+    "vocab_size": 97,
+    "d_model": 40,
+    "d_kv": 7,
+    "d_ff": 56,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 9,
+    "relative_attention_max_distance": 13,
+    "decoder_start_token_id": 0,
+}
+
+
+def t5(tied: bool = True, config: Any = transformers.T5Config, **changes: Any) -> Any:
+    """tied: whether the head is the embedding, which transformers 5 says of every T5 whatever it is."""
+    made = config(**T5_SMALL | changes)
+    kind = transformers.MT5ForConditionalGeneration if made.model_type == "mt5" else None
+    model = (kind or transformers.T5ForConditionalGeneration)(made)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(97, made.d_model))
+        model.config.tie_word_embeddings = False
+    return model
+
+
+T5S = {
+    "t5": t5,  # v1.0: ReLU, tied, scaled
+    "t5_v11": lambda: t5(tied=False, tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "t5_deep": lambda: t5(  # as transformers 5 allows: tied and not scaled
+        tie_word_embeddings=False,
+        feed_forward_proj="gated-silu",
+        num_decoder_layers=4,
+        relative_attention_num_buckets=4,
+    ),
+    "t5_quantisable": lambda: t5(  # d_model = heads * d_kv, for prefixes; multiples of 64, for bitsandbytes
+        tied=False,
+        tie_word_embeddings=False,
+        feed_forward_proj="gated-gelu",
+        d_model=64,
+        num_heads=4,
+        d_kv=16,
+        d_ff=128,
+        num_decoder_layers=3,
+    ),
+    "t5_even": lambda: t5(d_model=35, num_layers=4, num_decoder_layers=3),
+    "mt5": lambda: t5(tied=False, config=transformers.MT5Config, tie_word_embeddings=False),
+}
+
 MODELS = {
     "gemma": gemma1,
     "gemma_mha": lambda: gemma1(num_key_value_heads=4, head_dim=12),
@@ -83,12 +174,14 @@ MODELS = {
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
-    """Weights large enough that every part of the model shows in the logits (norms and soft-caps included)."""
+    """Weights large enough that every part of the model shows in the logits (norms and soft-caps included).
+
+    Norms go around what transformers starts them with: 0 in Gemma, whose norms add one, 1 elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.3 if "norm" in name else 0.15
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter + noise * 0.3 if "norm" in name else noise * 0.15)
     return model.eval()
 
 
@@ -112,6 +205,27 @@ def batch(seed: int = 0, rows: int = 3, length: int = 17) -> tuple[np.ndarray, n
     return ids, mask
 
 
+def t5_batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, mask, labels): longer than the models' distances; one row padded on the left, one on the right; labels of
+    different lengths."""
+    rng = np.random.default_rng(seed)
+    ids, labels = rng.integers(3, 90, (3, 29)), rng.integers(3, 90, (3, 19))
+    mask = np.ones_like(ids)
+    mask[1, :6] = 0
+    mask[2, 12:] = 0
+    labels[0, 15:] = -100
+    labels[2, 4:] = -100
+    return ids, mask, labels
+
+
+def t5_logits(model: Any, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, **how: Any) -> np.ndarray:
+    """Of every position of `labels`.  (With a cache transformers fails where the decoder has more layers.)"""
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels} | how
+    with torch.no_grad():
+        logits = model(**{k: torch.tensor(v) for k, v in tensors.items()}, use_cache=False).logits
+    return logits.float().numpy()[:, -labels.shape[1] :]
+
+
 def close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-4) -> None:
     """max |Δ| ≤ tolerance * max |expected|."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
@@ -133,9 +247,11 @@ def adapt(model: Any, config: Any, directory: pathlib.Path, seed: int = 1) -> An
 
 def with_adapter(checkpoint: pathlib.Path, adapter: pathlib.Path) -> Any:
     """The checkpoint under `adapter`, as a user of peft would load it."""
-    auto = transformers.AutoModelForCausalLM
-    if "text_config" in json.loads((checkpoint / "config.json").read_text()):
+    auto, config = transformers.AutoModelForCausalLM, json.loads((checkpoint / "config.json").read_text())
+    if "text_config" in config:
         auto = transformers.AutoModelForImageTextToText
+    elif config["model_type"] in ("t5", "mt5"):
+        auto = transformers.AutoModelForSeq2SeqLM
     base = auto.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32)
     return PeftModel.from_pretrained(base, adapter).eval()
 

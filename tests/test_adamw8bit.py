@@ -277,7 +277,7 @@ def test_offload_and_resume_give_the_same_bits(checkpoint, tmp_path, monkeypatch
     with Checkpoints(tmp_path / "checkpoints", **how) as checkpoints:
         checkpoints.save(3, to_save(host.state), rows=24)
     with Checkpoints(tmp_path / "checkpoints", **how) as checkpoints:
-        host.state, rows = resume(checkpoints, abstract)
+        host.state, rows, _ = resume(checkpoints, abstract)
     assert rows == 24
     assert {x.sharding.memory_kind for x in jax.tree.leaves(host.state.opt_state) if x.ndim} == {"pinned_host"}
     actual = host.steps(range(3, 6))

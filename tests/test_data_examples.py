@@ -312,6 +312,10 @@ def test_prompts_and_references(tokenizer, tmp_path):
     long = {"messages": [{"role": "user", "content": "How " * 99}, CHAT[1]]}
     source = write(tmp_path, [GOOD, long, {"x": 1}, GOOD, GOOD])
     assert [p.row for p in load_prompts(source, tokenizer, count=2, max_length=64)] == [1, 4]
+    # Rows cut on the left are asked as they are learnt: BOS and the end of the prompt.
+    whole = load_prompts(source, tokenizer, count=2, max_length=999)[1].ids
+    cut = load_prompts(source, tokenizer, count=2, max_length=64, truncation="left")[1]
+    assert (cut.row, len(cut.ids)) == (2, 64) and cut.ids == [whole[0], *whole[-63:]]
 
 
 # --- real rows ---

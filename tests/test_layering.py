@@ -9,13 +9,15 @@ ROOT = Path(__file__).parents[1]
 # The rooms (a file or a folder of jaxtune/), lowest first.  A room imports from its own line and from those before it.
 TIERS = (
     "errors typing tree",
-    "rundir kept identity answers tensorboard metrics console signals data spm tokenizer",
+    "rundir cadence storage scoring questions origin kept identity answers tensorboard metrics wandb_log console "
+    "signals data spm tokenizer scores",
     "mesh layers attention quant",
     "models peft",
-    "hf checkpoint adamw8bit optim loss state step steplog peek",
+    "hf checkpoint deterministic adamw8bit optim loss state step steplog peek",
     "defaults config",  # Read by commands alone, which unpack it into arguments.
     # Commands, and what only they share.
-    "adapt results cli lm train plan preview generate evaluate export probe compare doctor",
+    "adapt results cli lm train plan preview generate likelihood trained board measure evaluate lm_eval export probe "
+    "compare doctor",
 )
 HOMELESS = len(TIERS)
 # Their place would allow it, and yet: they meet through paths, boxes and the doors of layers.py.
@@ -23,8 +25,8 @@ NEVER = {("models", "peft"), ("models", "quant"), ("peft", "models")}
 
 # Files that torch_gpu/ reads too: no array library, and none by way of another file.
 PLAIN = (
-    "errors typing defaults config cli rundir kept identity answers tensorboard metrics console signals data spm "
-    "tokenizer"
+    "errors typing defaults config cli rundir cadence storage scoring questions origin kept identity answers "
+    "tensorboard metrics wandb_log console signals data spm tokenizer scores"
 )
 PLAIN_FILES = {"jaxtune.models", "jaxtune.hf.files", "jaxtune.hf.card", "jaxtune.hf.handover", "jaxtune.hf.hub"}
 ARRAYS = {"jax", "jaxlib", "flax", "optax", "orbax"}

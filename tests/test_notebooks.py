@@ -15,7 +15,7 @@ from jaxtune.config import ASSETS
 ROOT = Path(__file__).parents[1]
 MAKER = runpy.run_path(str(ROOT / "tools" / "make_notebooks.py"))
 NAMES = sorted(MAKER["CELLS"])
-RECIPE = {"kaggle_t4x2.ipynb": "gemma2_qlora", "kaggle_tpu_v5e8.ipynb": "gemma_lora"}
+RECIPE = {"kaggle_t4x2.ipynb": "gemma2_persian_qlora", "kaggle_tpu_v5e8.ipynb": "gemma_lora"}
 
 EXTRA = {
     "model.dtype": "float32",

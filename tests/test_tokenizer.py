@@ -147,18 +147,35 @@ def test_t5_equals_transformers(shared, tmp_path):
     assert ours.bos_token == "" and ours.chat_template is None
 
 
-def test_t5_sentencepiece_equals_its_json(shared, tmp_path):
+@pytest.mark.parametrize("said_by", ["tokenizer_config.json", "config.json"])
+def test_t5_sentencepiece_equals_its_json(shared, tmp_path, said_by):
+    """Its sentinels, which the file does not have, are ids 32000 to 32099; the model has 28 rows more."""
     source = shared / "tokenizers" / "t5"
     folder = copy(tmp_path, source / "spiece.model")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "eos_token": "</s>"}')
+    says = {
+        "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"},
+        "config.json": {"model_type": "t5", "vocab_size": 32128, "eos_token_id": 1, "pad_token_id": 0},
+    }
+    (folder / said_by).write_text(json.dumps(says[said_by]))
     ours = load_tokenizer(folder)
-    assert ours.vocab_size == 32100
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.stop_ids) == (None, 1, 0, (1,)) and ours.vocab_size == 32100
+    assert ours.encode("<extra_id_0><extra_id_99>") == [32099, 32000]
     reference = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     for text in AWKWARD:
         if "\x00" not in text:
             assert ours.encode(text) == reference.encode(text, add_special_tokens=False), text
     for row in rows(shared, "dialogsum/eval.jsonl")[:40]:
         assert ours.encode(row["dialogue"]) == reference.encode(row["dialogue"], add_special_tokens=False)
+
+
+def test_t5_published_texts(shared, tmp_path):
+    source, goldens = shared / "tokenizers" / "t5", shared / "tokenizers" / "goldens"
+    ours = load_tokenizer(copy(tmp_path, source / "tokenizer.json", source / "tokenizer_config.json"))
+    long = json.loads((goldens / "swift_transformers_t5_base_encoded_long.json").read_text())
+    assert ours.encode(long["text"]) == long["token_ids"][:-1] and long["token_ids"][-1] == ours.eos_id
+    assert ours.decode(long["token_ids"]) == long["decoded_text"].removesuffix("</s>")
+    for golden in json.loads((goldens / "transformers_js_t5_decode.json").read_text()):
+        assert ours.decode(golden["ids"], skip_special_tokens=False) == golden["decoded"]
 
 
 def test_gemma_cropped_equals_transformers(shared, tmp_path):

@@ -130,8 +130,7 @@ def test_only_a_chunk_of_logits_exists_and_only_of_learnt_positions(monkeypatch)
 def tiny(kind, **changes):
     """Of widths that are multiples of 64, for bitsandbytes on a CPU."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 64}
-    build = {"gemma2": reference.gemma2, "gemma3": reference.gemma3}[kind]
-    return reference.randomise(build(**sizes | {"num_hidden_layers": 3} | changes))
+    return reference.randomise(getattr(reference, kind)(**sizes | {"num_hidden_layers": 3} | changes))
 
 
 def halved(kind, scale, safe):
@@ -149,7 +148,7 @@ def halved(kind, scale, safe):
     return exact.logits, out.logits.float(), max(float(h.abs().max()) for h in exact.hidden_states)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "llama", "qwen3"])
 def test_float16_is_near_float32(kind):
     exact, ours, _ = halved(kind, 1.0, True)
     reference.close(ours.numpy(), exact.detach().numpy(), 4e-3)

@@ -23,7 +23,7 @@ import jaxtune.export
 import jaxtune.train
 from jaxtune import cli
 from jaxtune.config import ASSETS
-from jaxtune.errors import DataError, DivergedError, NoCheckpointError, UserError
+from jaxtune.errors import CannotCreateError, DataError, DivergedError, NoCheckpointError, UserError
 from torch_gpu import export, loop, method, train
 
 TINY = ASSETS / "tiny_gemma"
@@ -177,7 +177,7 @@ def test_what_is_exported_computes_the_same_in_peft_and_in_jaxtune(name, run):
     rows = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [{"prompt", "reference", "before", "after", "match_before", "match_after"}] * 2
     scores = json.loads((workdir / "eval.json").read_text())
-    assert set(scores) == {"step", "eval_loss", "exact_match_before", "exact_match_after"}
+    assert set(scores) == {"step", "eval_loss", "perplexity", "exact_match_before", "exact_match_after"}
     # The answers are what jaxtune's own generation gives.
     prompts = [json.loads(line)["messages"][0]["content"] for line in (ASSETS / "quickstart" / "eval.jsonl").open()][:2]
     new = 4 if name == "saved" else 64
@@ -281,6 +281,60 @@ def test_the_newest_and_the_best_checkpoints_are_kept(run):
     best = min((loss, -step) for step, loss in scores.items() if step)[1]
     kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {-best, 6}
+
+
+def test_options_mean_what_they_mean_in_jaxtune(run, tmp_path, monkeypatch):
+    """By epochs, by scores of answers, back to the best, from a path, without the optimiser, deterministic, copied."""
+    # 60 rows in batches of 16: epochs end in steps 4, 8 and 12.
+    epochs = ["train.save_unit=epoch", "train.eval_unit=epoch", "train.eval_every=1", "train.save_every=none"]
+    answers = ["evaluate.samples=2", "evaluate.max_new_tokens=2", "evaluate.metrics=rouge", "checkpoint.metric=rougeL"]
+    tiny_run.make_model(tmp_path / "small")
+    small = ["peft.r=4", f"model.id={tmp_path / 'small'}"]
+    keep = ["checkpoint.keep_last_n=9", "train.steps=10", "train.deterministic=true", *small]
+    copy = f"storage.sync_to={tmp_path / 'bucket'}"
+    try:
+        _, whole = run("whole", *epochs, *answers, *keep, copy)
+        assert torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" in os.environ
+        there = [p.name for p in (whole / "checkpoints").iterdir()]
+        assert sorted(there) == ["10", "4", "8", "tmp"]
+        evaluated = losses(whole, "rougeL")
+        assert list(evaluated) == list(losses(whole, "perplexity")) == [0, 4, 8, 10]
+        scores = json.loads((whole / "eval.json").read_text())
+        assert scores["rougeL_after"] == evaluated[10] and {"rouge1_before", "exact_match_after"} <= scores.keys()
+        ours, theirs = (tiny_run.contents(where) for where in (whole, tmp_path / "bucket"))
+        theirs.pop("files.sha256")
+        assert ours == theirs
+        # Another step is the best by another metric and mode; the run goes back to it.
+        shutil.copytree(whole, tmp_path / "back")
+        worst = ["checkpoint.metric=eval_loss", "checkpoint.mode=max", "checkpoint.resume=best"]
+        best = max((value, step) for step, value in losses(whole, "eval_loss").items() if step)[1]
+        _, back = run("back", *epochs, *keep, *worst)
+        assert f"going back to step {best}, the best by eval_loss" in (back / "log.txt").read_text()
+        same_bits(adapter(back), adapter(whole))
+        assert losses(back) == losses(whole)
+        # From a step of another run, without the optimiser's state; and on from weights alone.
+        branch = [*small, "train.steps=10", "train.save_every=1", "checkpoint.keep_last_n=9"]
+        branch += ["checkpoint.save_optim=false", f"checkpoint.resume={whole / 'checkpoints' / '8'}"]
+        _, other = run("branch", *branch)
+        same_bits(adapter(other), adapter(whole))
+        assert not (other / "checkpoints" / "9" / "optimizer.pt").exists()
+        assert "WARNING" not in (other / "log.txt").read_text()
+        shutil.rmtree(other / "checkpoints" / "10")
+        _, other = run("branch", *branch)
+        assert "WARNING: checkpoint 9 holds no optimiser state" in (other / "log.txt").read_text()
+        assert json.loads((other / "run.json").read_text())["exact"] is False
+        rates = losses(whole, "learning_rate")
+        assert losses(other, "learning_rate") == {9: rates[9], 10: rates[10]}
+        # A fresh Adam moves each number by the rate, whatever the gradient: of step 10, the last of the schedule.
+        before = load_file(other / "checkpoints" / "9" / loop.TRAINABLE)
+        after = load_file(other / "checkpoints" / "10" / loop.TRAINABLE)
+        moved = max(float(np.abs(after[name] - before[name]).max()) for name in after)
+        assert moved == pytest.approx(rates[10], rel=1e-3)
+        with pytest.raises(CannotCreateError, match="resume` is never"):
+            run("branch", *branch[:-1], "checkpoint.resume=never")
+    finally:
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
 
 # ---------------------------------------------------------------- Trouble

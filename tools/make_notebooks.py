@@ -318,7 +318,7 @@ T4X2 = [
         ),
     ),
     ("markdown", SETTINGS),
-    ("parameters", PARAMETERS.format(recipe="gemma2_qlora", kind="GPU", limit="12", hours=11)),
+    ("parameters", PARAMETERS.format(recipe="gemma2_persian_qlora", kind="GPU", limit="12", hours=11)),
     ("markdown", INSTALL),
     ("install", INSTALL_CODE.format(pins=OWN_TORCH, extra="torch_gpu")),
     ("code", TOKEN),

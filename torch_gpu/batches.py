@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jaxtune.data.batches import Batch
+from jaxtune.data.batches import Batch, real_tokens
 from jaxtune.data.splits import train_batches
 from jaxtune.data.virtual import Virtual
 from torch_gpu.loss import IGNORED
@@ -20,21 +20,36 @@ MULTIPLE = 8
 
 
 def to_inputs(batch: Batch, virtual: Virtual) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels [B, T'] of a batch, T' its longest row; `task_ids` where rows have tasks."""
-    tasks = (-1 - batch["tokens"][:, 0]) // max(virtual.count, 1)
-    own = {name: value[:, virtual.count :] for name, value in batch.items()}
-    longest = int(own["segment_ids"].sum(axis=1).max())
-    width = min(max(-(-longest // MULTIPLE) * MULTIPLE, MULTIPLE), own["tokens"].shape[1])
-    tokens, mask = own["tokens"][:, :width].astype(np.int64), own["segment_ids"][:, :width] > 0
-    # jaxtune's targets are of the next token, labels of the token itself.
-    learnt = np.zeros_like(mask)
-    learnt[:, 1:] = own["weights"][:, : width - 1] > 0
+    """input_ids, attention_mask and labels [B, T'] of a batch, T' its longest row; `task_ids` where rows have tasks.
+
+    Of an encoder-decoder the first two are [B, S'], of the encoder, and labels are what the decoder gives out.
+    """
+    two = "source_tokens" in batch
+    first, segments = ("source_tokens", "source_segment_ids") if two else ("tokens", "segment_ids")
+    tokens, mask = (trimmed(batch[name], batch[segments], virtual.count) for name in (first, segments))
+    tokens, mask = tokens.astype(np.int64), mask > 0
+    if two:
+        before = virtual.count if virtual.decoder else 0
+        learnt, targets = (trimmed(batch[name], batch["segment_ids"], before) for name in ("weights", "targets"))
+        labels = np.where(learnt > 0, targets.astype(np.int64), IGNORED)
+    else:
+        # jaxtune's targets are of the next token, labels of the token itself.
+        learnt = np.zeros_like(mask)
+        learnt[:, 1:] = batch["weights"][:, virtual.count :][:, : tokens.shape[1] - 1] > 0
+        labels = np.where(learnt, tokens, IGNORED)
     # A row that fills the batch up would have nothing to attend to.
     mask[~mask.any(axis=1), 0] = True
-    inputs = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "labels": np.where(learnt, tokens, IGNORED)}
+    inputs = {"input_ids": tokens, "attention_mask": mask.astype(np.int64), "labels": labels}
     if virtual.tasks:
-        inputs["task_ids"] = np.maximum(tasks, 0).astype(np.int64)
+        inputs["task_ids"] = virtual.task_of(batch[first][:, 0]).astype(np.int64)
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+
+
+def trimmed(values: np.ndarray, segments: np.ndarray, virtual: int) -> np.ndarray:
+    """[B, T] without the virtual tokens on its left and what is padding in every row on its right."""
+    own = segments[:, virtual:]
+    longest = int(own.sum(axis=1).max())
+    return values[:, virtual:][:, : min(max(-(-longest // MULTIPLE) * MULTIPLE, MULTIPLE), own.shape[1])]
 
 
 class Micro:
@@ -54,6 +69,6 @@ class Micro:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch, cursor in train_batches(self._rows, **self._how):
-            self.cursor, self.tokens = cursor, int(batch["segment_ids"].sum())
+            self.cursor, self.tokens = cursor, real_tokens(batch)
             for part in range(self._turns):
                 yield to_inputs({k: np.array_split(v, self._turns)[part] for k, v in batch.items()}, self._virtual)

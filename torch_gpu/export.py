@@ -17,6 +17,7 @@ from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import check_replaceable, fingerprint
 from jaxtune.hf.handover import how_to_load, trained_over
+from jaxtune.scoring import goal_of
 from jaxtune.tokenizer import load_tokenizer
 from torch_gpu import loop, method, model, quiet
 from torch_gpu.train import encode_text
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", help="a run directory of torch_gpu.train")
     parser.add_argument("--out", help="where to write; default: adapter (-STEP) in the run directory")
-    parser.add_argument("--checkpoint", default="newest", help="newest, best (by evaluation loss) or a step")
+    parser.add_argument("--checkpoint", default="newest", help="newest, best (by checkpoint.metric) or a step")
     parser.add_argument("--base", help="the base model, a directory or Hub id; default: the run's model.id")
     arguments = parser.parse_args(list(argv))
     workdir = Path(arguments.source).expanduser().resolve()
@@ -51,7 +52,7 @@ def export(workdir: Path, arguments: argparse.Namespace) -> None:
     c: Any = cli.load_config(str(workdir / "config.json"))
     c.model.id = arguments.base or c.model.id
     plain = config.to_json(c)
-    step = kept.pick(workdir / "checkpoints", arguments.checkpoint, print)
+    step = kept.pick(workdir / "checkpoints", arguments.checkpoint, print, goal_of(plain))
     record = kept.read_record(step)
     if record["identity"].get("backend") != "torch_gpu":
         raise UserError(f"{workdir} is a run of jaxtune: python -m jaxtune.export {workdir}.")
@@ -70,11 +71,11 @@ def export(workdir: Path, arguments: argparse.Namespace) -> None:
     steps = int(record["identity"].get("train.steps", record["step"]))
     adapted = method.adapt(loaded, plain["peft"], total_steps=steps, quantised=False, encode=encode)
     loop.restore(adapted, step)
-    name = c.export.base_model_name_or_path or c.model.id
+    name, seq2seq = c.export.base_model_name_or_path or c.model.id, loaded.config.is_encoder_decoder
     scores = {key: float(value) for key, value in record["metrics"].items()}
-    readme = card("adapter", name, c.peft.method, Run(plain, scores), over=over)
+    readme = card("adapter", name, c.peft.method, Run(plain, scores), over=over, seq2seq=seq2seq)
     method.export(adapted, out, name=name, readme=readme, over=over)
-    print(f"{step} of {workdir}\n{how_to_load(out, base.directory, c.model.dtype, over)}")
+    print(f"{step} of {workdir}\n{how_to_load(out, base.directory, c.model.dtype, over, seq2seq=seq2seq)}")
 
 
 if __name__ == "__main__":

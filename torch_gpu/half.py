@@ -1,9 +1,10 @@
-"""Half precision that Gemma survives, and the name of the module where numbers stopped being finite.
+"""Half precision that Gemma and T5 survive, and the name of the module where numbers stopped being finite.
 
 A T4 has no bfloat16, and Gemma's activations outgrow float16 (65504): Gemma 3 everywhere, Gemma 2 at times.  So only
 the products of linear layers are computed in float16, on the tensor cores; what they give is float32 again, and with it
 everything between them: the residual stream, norms, rotations, scores, softmax, soft-caps and GeGLU.  Inputs that are
 too large for a product's sum are made smaller by a power of two before it and larger after it, which rounds nothing.
+T5's `wo`, in which it overflows, transformers loads as float32; with the rest of the above it needs no clamping.
 
 Nothing here is autocast: the same casts happen on a CPU, where they are tested.
 """
@@ -53,6 +54,16 @@ def cast_linear(module: nn.Module, dtype: torch.dtype) -> None:
     module.register_forward_hook(after)
 
 
+def bias_like_stream(attention: Any) -> None:
+    """T5's first attention gives its relative bias, which is added to scores, in the dtype of what it is given."""
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        module.outer = (args[0] if args else kwargs["hidden_states"]).dtype
+
+    attention.register_forward_pre_hook(before, with_kwargs=True)
+    attention.relative_attention_bias.register_forward_hook(lambda module, args, rows: rows.to(attention.outer))
+
+
 def make_safe(model: Any, dtype: torch.dtype) -> None:
     """Prepares a loaded base, before peft wraps it, to compute in `dtype`.
 
@@ -60,16 +71,21 @@ def make_safe(model: Any, dtype: torch.dtype) -> None:
     comes (float32 behind a trained embedding) and give the same back.
     """
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        kind = type(module).__name__
+        if kind.endswith(("RMSNorm", "T5LayerNorm")):
             module.to(torch.float32)
+        if kind.endswith("T5LayerNorm"):  # the others give back the dtype that they take
+            module.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
+        if kind.endswith("T5Attention") and module.has_relative_attention_bias:
+            bias_like_stream(module)
+        if isinstance(module, nn.Embedding) and dtype == torch.float16:
+            module.register_forward_hook(lambda module, args, rows: rows.float())
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 the first evaluation would round the scales to bfloat16, for good.
             module.support_avx512bf16_for_cpu = False
         int8 = isinstance(module, Linear8bitLt)
         if isinstance(module, nn.Linear) and (int8 or dtype != torch.float32):
             cast_linear(module, dtype)
-    if dtype == torch.float16:
-        model.get_input_embeddings().register_forward_hook(lambda module, args, rows: rows.float())
 
 
 @torch.no_grad()

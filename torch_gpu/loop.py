@@ -51,6 +51,7 @@ def make_arguments(c: Any, directory: Path, dtype: torch.dtype, *, total: int, p
         logging_nan_inf_filter=False,
         eval_strategy="no",
         save_strategy="no",
+        save_only_model=not c.checkpoint.save_optim,
         report_to="none",
         disable_tqdm=True,
         log_level="error",
@@ -67,9 +68,12 @@ def make_arguments(c: Any, directory: Path, dtype: torch.dtype, *, total: int, p
 
 class Trainer(transformers.Trainer):
     """Args:
-    c: the config.  batches: this process's.  start: (step, rows) of the checkpoint to go on from.
-    eval_loss: what an evaluation is; None: there are none.
-    identity: as `jaxtune.identity.identity` gives it.
+    c: the config.  batches: this process's.
+    evaluates, saves: whether that is due after a step.
+    evaluation: the numbers of one; None: there are none.
+    identity: as `jaxtune.identity.identity` gives it.  goal: what the best checkpoint is best by.
+    fresh_at: the step at which the optimiser last started fresh.
+    saved: called when a checkpoint is committed.
     """
 
     # The loss is over the targets of the whole global batch.
@@ -84,15 +88,22 @@ class Trainer(transformers.Trainer):
         steps: StepLog,
         *,
         total: int,
-        eval_loss: Callable[[], float] | None,
+        evaluates: Callable[[int], bool],
+        saves: Callable[[int], bool],
+        evaluation: Callable[[], dict[str, float]] | None,
         stop: Sequence[int],
         identity: dict[str, str],
+        goal: kept.Goal,
+        fresh_at: int,
         directory: Path,
         say: Callable[[str], None],
+        saved: Callable[[], None],
     ):
         self.network: Any = model
         self.c, self.batches, self.steps, self.total = c, batches, steps, total
-        self.eval_loss, self.stop, self.same, self.directory, self.say = eval_loss, stop, identity, directory, say
+        self.evaluates, self.saves, self.evaluation, self.stop = evaluates, saves, evaluation, stop
+        self.same, self.goal, self.fresh_at, self.directory = identity, goal, fresh_at, directory
+        self.say, self.saved = say, saved
         self.schedule = make_schedule(c.optim, total)
         self.scores: dict[str, float] = {}
         self.skipped, self.stopping = 0, False
@@ -156,9 +167,9 @@ class Trainer(transformers.Trainer):
             self.steps.flush()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        assert self.eval_loss is not None
-        self.scores = {"eval_loss": self.eval_loss()}
-        self.steps.evaluation(self.state.global_step, self.scores["eval_loss"])
+        assert self.evaluation is not None
+        self.scores = self.evaluation()
+        self.steps.evaluation(self.state.global_step, self.scores)
         return self.scores
 
     # ---------------------------------------------------------------- A step, as the callback tells it
@@ -223,10 +234,10 @@ class Trainer(transformers.Trainer):
 
     def plan(self, control: Any) -> None:
         """After a step: what follows it, as in jaxtune.train."""
-        n, c = self.state.global_step, self.c.train
+        n = self.state.global_step
         last = n >= self.total
-        control.should_evaluate = bool(self.eval_loss and (last or (c.eval_every and n % c.eval_every == 0)))
-        control.should_save = control.should_evaluate or self.stopping or last or n % c.save_every == 0
+        control.should_evaluate = bool(self.evaluation and (last or self.evaluates(n)))
+        control.should_save = control.should_evaluate or self.stopping or last or self.saves(n)
         control.should_training_stop = self.stopping or last
         self.scores = {}
 
@@ -246,9 +257,12 @@ class Trainer(transformers.Trainer):
             if first:
                 adalora.save(self.model, work)
                 record = {"step": step, "rows": self.batches.cursor, "metrics": self.scores, "identity": self.same}
+                record |= {"optimiser_from": self.fresh_at} if self.fresh_at else {}
                 kept.commit(self.directory, work, record | {"leaves": spec_of(found)})
         if first:
-            kept.delete_old(self.directory, self.c.checkpoint.keep_last_n, self.c.checkpoint.keep_best_n, self.say)
+            keep = self.c.checkpoint.keep_last_n, self.c.checkpoint.keep_best_n
+            kept.delete_old(self.directory, *keep, self.say, self.goal)
+            self.saved()
         self.accelerator.wait_for_everyone()
         self.steps.restart_clock()
 
@@ -262,6 +276,17 @@ class Trainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Of a checkpoint without the optimiser's state, the schedule alone goes on."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not has_optimiser(Path(checkpoint)):
+            step, groups, scheduler = int(Path(checkpoint).name), self.optimizer.param_groups, self.lr_scheduler
+            rate = self.schedule(step)
+            there = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate] * len(groups)}
+            scheduler.load_state_dict(scheduler.state_dict() | there)
+            for group in groups:
+                group["lr"] = rate
 
     def _save_rng_state(self, output_dir: str) -> None: ...
 
@@ -309,6 +334,11 @@ def restore(adapted: Any, step: Path) -> None:
     for name, parameter in found.items():
         parameter.copy_(stored[name])
     adalora.load(adapted, step)
+
+
+def has_optimiser(step: Path) -> bool:
+    """Whether a checkpoint holds the optimiser's state."""
+    return (step / "optimizer.pt").is_file()
 
 
 def spec_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

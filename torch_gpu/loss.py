@@ -87,13 +87,13 @@ def summed_loss(hidden: Tensor, labels: Tensor, head: nn.Module, softcap: float 
     """The sum of -log p(label) over all positions that have a label, float32.
 
     Args:
-      hidden: [B, T, D], after the last norm.  labels: [B, T] as in Hugging Face: of the token itself, -100 for none.
+      hidden: [B, T, D], after the last norm.  labels: [B, T], of what is predicted there, -100 for none.
       head: the output head; of one that peft has wrapped in an adapter of its own the logits are computed by calling
         it, chunk by chunk, and again in the backward pass.
     """
-    targets = labels[:, 1:].reshape(-1).to(hidden.device)
+    targets = labels.reshape(-1).to(hidden.device)
     chosen = targets != IGNORED
-    hidden, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
     if type(head) is nn.Linear and head.bias is None:
@@ -111,13 +111,14 @@ def summed_loss(hidden: Tensor, labels: Tensor, head: nn.Module, softcap: float 
 
 
 def install(model: Any) -> None:
-    """Makes a causal LM of transformers compute its loss so.  Without labels its `forward` is what it was.
+    """Makes a language model of transformers compute its loss so.  Without labels its `forward` is what it was.
 
     With labels it returns a `Loss`: the sum over `num_items_in_batch` where that is given, as transformers' own, else
-    the mean.  peft's prompts call the base with `inputs_embeds` and labels that fit them, and notice nothing.
+    the mean.  peft's prompts call the base with embeddings and labels that fit them, and notice nothing.
     """
     ordinary = model.forward
     softcap = getattr(model.config, "final_logit_softcapping", None)
+    predict = predict_targets if model.config.is_encoder_decoder else predict_next
 
     # `generate` looks at the names of its arguments.
     @functools.wraps(type(model).forward)
@@ -127,10 +128,51 @@ def install(model: Any) -> None:
         if labels is None:
             return ordinary(*args, **kwargs)
         kwargs.pop("return_dict", None)
-        hidden = self.model(*args, **kwargs).last_hidden_state
-        items = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        hidden, targets = predict(self, labels, *args, **kwargs)
+        items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         items = torch.as_tensor(items, device=hidden.device).clamp(min=1)
-        loss = summed_loss(hidden, labels, self.lm_head, softcap).to(hidden.device) / items
+        loss = summed_loss(hidden, targets, self.lm_head, softcap).to(hidden.device) / items
         return Loss(loss=loss + 0.0, token_loss=loss)
 
     model.forward = types.MethodType(forward, model)
+
+
+def predict_next(model: Any, labels: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Hidden states and what each predicts: the label of the token after it, labels being of the token itself."""
+    return model.model(*args, **kwargs).last_hidden_state[:, :-1], labels[:, 1:]
+
+
+def predict_targets(
+    model: Any,
+    labels: Tensor,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    decoder_inputs_embeds: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of an encoder-decoder: the decoder's states and the labels, which it reads shifted right.
+
+    The body of transformers' `T5ForConditionalGeneration.forward`, up to its head.
+    """
+    read: Any = model.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+    if decoder_input_ids is None and decoder_inputs_embeds is None:
+        decoder_input_ids = model._shift_right(labels)
+    hidden = model.decoder(
+        input_ids=decoder_input_ids,
+        attention_mask=decoder_attention_mask,
+        inputs_embeds=decoder_inputs_embeds,
+        past_key_values=past_key_values,
+        encoder_hidden_states=read.last_hidden_state,
+        encoder_attention_mask=attention_mask,
+        use_cache=use_cache,
+        **kwargs,
+    ).last_hidden_state
+    if getattr(model.config, "scale_decoder_outputs", False):
+        hidden = hidden * model.model_dim**-0.5
+    return hidden, labels

@@ -104,8 +104,11 @@ def given(section: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def virtual_tokens(section: dict[str, Any]) -> Virtual:
+def virtual_tokens(section: dict[str, Any], seq2seq: bool = False) -> Virtual:
     """What the data puts before each row, as jaxtune does; peft puts its own there, and `batches` takes them off.
+
+    Args:
+      seq2seq: the model has an encoder; multitask prompts then have a part before the decoder's tokens, too.
 
     Raises:
       MissingInputError, UserError: as `given` and `read_first`.
@@ -113,11 +116,18 @@ def virtual_tokens(section: dict[str, Any]) -> Virtual:
     values = dataclasses.asdict(read_first(section)[0]) if section["init_from"] else given(section)
     if section["method"] not in PROMPTS:
         return NONE
-    tasks = values.get("num_tasks") or 1
-    return Virtual(values["num_virtual_tokens"], tasks if section["method"] == "multitask_prompt_tuning" else 0)
+    if section["method"] != "multitask_prompt_tuning":
+        return Virtual(values["num_virtual_tokens"])
+    both = seq2seq and values.get("num_transformer_submodules") in (None, 2)
+    return Virtual(values["num_virtual_tokens"], values.get("num_tasks") or 1, decoder=both)
 
 
-def make_config(section: dict[str, Any], total_steps: int) -> Any:
+def task_of(model: Any) -> str:
+    """peft's word for what a model does."""
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def make_config(section: dict[str, Any], total_steps: int, task: str = "CAUSAL_LM") -> Any:
     """peft's config of a fresh adapter.
 
     Raises:
@@ -135,12 +145,12 @@ def make_config(section: dict[str, Any], total_steps: int) -> Any:
     if source is not None and not str(source).endswith(".safetensors"):
         raise UserError(f"`peft.prompt_tuning_init_state_dict_path` is {source!r}. It takes a .safetensors file.")
     try:
-        return CONFIGS[section["method"]](task_type="CAUSAL_LM", **values)
+        return CONFIGS[section["method"]](task_type=task, **values)
     except (TypeError, ValueError) as error:
         raise UserError(f"`config.peft`: {error}") from None
 
 
-def read_first(section: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+def read_first(section: dict[str, Any], task: str = "CAUSAL_LM") -> tuple[Any, dict[str, torch.Tensor]]:
     """(config, tensors) of the adapter that training starts from; its own settings stand.
 
     Raises:
@@ -169,7 +179,7 @@ def read_first(section: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
     # Neither code nor places that a file names: auto_mapping imports, a tokenizer's path is followed.
     dropped = {"auto_mapping", "tokenizer_kwargs", "tokenizer_name_or_path", "base_model_name_or_path", "peft_version"}
     kept = {k: v for k, v in values.items() if k in fields - dropped}
-    changed = {"inference_mode": False, "task_type": "CAUSAL_LM"}
+    changed = {"inference_mode": False, "task_type": task}
     if "prompt_tuning_init" in fields:
         changed |= {"prompt_tuning_init": "RANDOM"}
         kept = {k: v for k, v in kept.items() if not k.startswith("prompt_tuning_init_")}
@@ -200,8 +210,11 @@ def adapt(
       UserError: targets that match nothing, a method that cannot train over a quantised base, or an adapter that does
         not fit.
     """
-    first = read_first(section) if section["init_from"] else None
-    config = first[0] if first else make_config(section, total_steps)
+    task = task_of(model)
+    first = read_first(section, task) if section["init_from"] else None
+    config = first[0] if first else make_config(section, total_steps, task)
+    if section["method"] == "prefix_tuning" and task == "SEQ_2_SEQ_LM":
+        fit_prefix(config, model.config)
     if quantised and section["method"] == "boft":
         raise UserError("`peft.method` is boft, which multiplies the weights themselves: unset `model.quant`.")
     targets = getattr(config, "target_modules", None)
@@ -228,6 +241,18 @@ def adapt(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def fit_prefix(config: Any, model_config: Any) -> None:
+    """The sizes of a prefix, which only T5's decoder gets: peft would take d_model for that of all heads together, and
+    the encoder's number of layers."""
+    sizes = {
+        "token_dim": model_config.num_heads * model_config.d_kv,
+        "num_attention_heads": model_config.num_heads,
+        "num_layers": model_config.num_decoder_layers,
+    }
+    for key, size in sizes.items():
+        setattr(config, key, getattr(config, key) or size)
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -23,12 +23,19 @@ CLASSES = {
     "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
 }
 # Bits a weight of a quantised layer takes, scales included.
 BITS = {None: None, "nf4": 4.5, "double nf4": 4.127, "int8": 8.0}
 # Beside the weights: logits and gradient of a chunk of the loss, activations at the layers' borders, CUDA itself.
 WORK_BYTES = 2 * 2**30
-LINEAR = re.compile(r"layers\.\d+\..*_proj\.weight$")
+LINEAR = re.compile(r"(layers\.\d+\..*_proj|block\.\d+\..*\.(q|k|v|o|wi|wi_0|wi_1))\.weight$")
+# What transformers keeps in float32 where the rest is float16, and never quantises: T5 overflows there.
+FLOAT32 = re.compile(r"block\.\d+\..*\.wo\.weight$")
 
 
 class Processes(NamedTuple):
@@ -59,9 +66,11 @@ class Described(NamedTuple):
     def bytes(self, dtype: torch.dtype, quant: str | None, double: bool) -> int:
         """What the weights take on a card."""
         bits = BITS["double nf4" if quant == "nf4" and double else quant] or 8 * dtype.itemsize
-        linear = sum(math.prod(shape) for name, shape in self.shapes.items() if LINEAR.search(name))
-        others = sum(math.prod(shape) for name, shape in self.shapes.items() if not LINEAR.search(name))
-        return int(linear * bits / 8) + others * dtype.itemsize
+        wide = 4 if dtype == torch.float16 else dtype.itemsize
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        linear = sum(size for name, size in sizes.items() if LINEAR.search(name))
+        kept = sum(size for name, size in sizes.items() if FLOAT32.search(name))
+        return int(linear * bits / 8) + kept * wide + (sum(sizes.values()) - linear - kept) * dtype.itemsize
 
 
 def describe(model_id: str, revision: str | None = None) -> Described:
@@ -162,6 +171,9 @@ def load(base: Described, c: Mapping[str, Any], dtype: torch.dtype, where: Any) 
     named = {
         k: v for k, v in base.hf_config.items() if not k.startswith("_") and "attn_impl" not in k and k != "auto_map"
     }
+    if named.get("rope_scaling") and "rope_theta" in (named.get("rope_parameters") or {}):
+        # Of the two transformers takes the first alone, and a theta of its own; here they are read together.
+        named["rope_parameters"] = named["rope_parameters"] | named.pop("rope_scaling")
     if where == {"": "cpu"} and c["quant"] == "nf4":
         check_widths(base)
     model, info = model_class.from_pretrained(

@@ -1,5 +1,6 @@
 """The config as this backend reads it: what it cannot honour is refused by name, before anything is read."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,16 @@ def check(plain: dict[str, Any]) -> None:
     if plain["export"]["format"] == "checkpoint":
         raise UserError("`export.format` is checkpoint. torch_gpu trains adapters; unset it.")
     optim.check(plain["optim"])
+
+
+def deterministic(wanted: bool) -> None:
+    """Has torch take operations that give the same bits each time; an operation that has no such form raises there.
+
+    To be called before anything is on a card: cuBLAS reads its setting once.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 def check_batch(size: int, processes: int, name: str) -> None:

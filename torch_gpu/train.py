@@ -1,4 +1,4 @@
-"""Fine-tunes a model on GPUs: `python -m torch_gpu.train --config configs/gemma2_qlora.py --workdir runs/x`.
+"""Fine-tunes a model on GPUs: `python -m torch_gpu.train --config configs/gemma2_persian_qlora.py --workdir runs/x`.
 
 The same configs, data, run directory and PEFT output as jaxtune.train; transformers, peft and bitsandbytes compute. On
 several GPUs: `torchrun --nproc_per_node=2 -m torch_gpu.train ...`. The same command goes on where the run stopped.
@@ -17,35 +17,35 @@ from typing import Any
 import torch
 import transformers
 
-from jaxtune import answers, cli, config, kept, rundir
+from jaxtune import answers, cli, config, kept, rundir, scoring, storage, wandb_log
+from jaxtune.cadence import cadence
 from jaxtune.console import Console, Progress
 from jaxtune.data.batches import eval_batches
 from jaxtune.data.splits import fingerprint, read_prompts, read_splits, rows_to_train
 from jaxtune.defaults import LEARNING_RATES
-from jaxtune.errors import CannotCreateError
 from jaxtune.hf import hub
 from jaxtune.hf.card import Run, card
 from jaxtune.hf.files import fingerprint as weights_of
-from jaxtune.hf.files import read_json
 from jaxtune.hf.handover import held_as, how_to_load, trained_over
 from jaxtune.identity import check_same, identity
 from jaxtune.metrics import MetricsLog, StepLog
+from jaxtune.models import decoder_start
+from jaxtune.origin import check_path, find_start, inexact
 from jaxtune.rundir import STOPPED
 from jaxtune.signals import stop_requests
 from jaxtune.tokenizer import load_tokenizer
 from torch_gpu import method, model, quiet, settings
 from torch_gpu.batches import Micro, to_inputs
 from torch_gpu.generate import answer
-from torch_gpu.loop import Trainer, make_arguments
+from torch_gpu.loop import Trainer, has_optimiser, make_arguments
 from torch_gpu.model import Processes
-
-SHOWN = 8  # answers in the table
 
 
 def main(argv: Sequence[str]) -> int:
     processes = Processes.read()
     first = processes.index == 0  # alone writes to the run directory
     arguments = cli.parse("torch_gpu.train", argv, __doc__ or "", quiet=not first)
+    c: Any = arguments.config
     workdir = rundir.open_workdir(arguments.workdir)
     record = rundir.RunRecord(workdir, arguments.command, quiet=not first)
     with (
@@ -54,13 +54,15 @@ def main(argv: Sequence[str]) -> int:
         stop_requests() as stop,
         joined(processes),
     ):
+        how = record.start, record.note, arguments.command
         try:
-            code = train(arguments.config, workdir, console, stop, record.start, record.note, arguments.command)
+            with storage.synced(c.storage.sync_to if first else None, workdir, console.say) as saved:
+                code = train(c, workdir, console, stop, *how, saved)
+                record.end(code)
         except BaseException as error:
             console.record(f"error: {str(error) or type(error).__name__}")
             record.fail(error)
             raise
-        record.end(code)
         if code == STOPPED:
             console.say(f"Stopped; what was done is saved. To go on:\n  {arguments.command}")
         return code
@@ -88,18 +90,26 @@ def train(
     accepted: Callable[[dict[str, Any]], None] = lambda config: None,
     note: Callable[..., None] = lambda **facts: None,
     command: str = "",
+    saved: Callable[[], None] = lambda: None,
 ) -> int:
     """The run, from a checked config to an exported adapter; returns the exit code.
 
     Args:
       stop: no longer empty when the run is to stop.
       accepted: called with the plain config once nothing of the command is left to refuse.
-      note: called with what the finished run took.
+      note: called with facts of the run: what it took, whether it is exact.
       command: what was typed.
+      saved: called when a checkpoint is committed.
     """
     quiet.libraries()
     plain = config.to_json(c)
     settings.check(plain)
+    settings.deterministic(c.train.deterministic)
+    goal = scoring.goal_of(plain)
+    scored_by = {"metrics": scoring.names_of(c.evaluate.metrics), "no_answer": c.data.no_answer}
+    check_path(c.checkpoint.resume)
+    wandb_log.check(plain)
+    samples, latest = workdir / "samples.jsonl", []  # latest: the answers of the evaluation before
     if c.optim.learning_rate is None:
         c.optim.learning_rate = plain["optim"]["learning_rate"] = LEARNING_RATES[c.peft.method]
     name = c.export.base_model_name_or_path or c.model.id
@@ -110,9 +120,10 @@ def train(
     processes = Processes.read()
     base = model.describe(c.model.id, c.model.revision)
     tokenizer = load_tokenizer(base.directory)
-    virtual = method.virtual_tokens(plain["peft"])
-    rows, held, length = read_splits(c.data, tokenizer, console.say, virtual)
-    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples, virtual)
+    start_id = decoder_start(base.hf_config)
+    virtual = method.virtual_tokens(plain["peft"], seq2seq=start_id is not None)
+    rows, held, length = read_splits(c.data, tokenizer, console.say, virtual, start_id)
+    prompts = read_prompts(c.data, tokenizer, c.evaluate.samples, virtual, start_id)
     size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
     eval_size = c.evaluate.batch_size or size // turns
     settings.check_batch(
@@ -165,16 +176,24 @@ def train(
     def answer_all() -> list[str]:
         return answer(adapted, tokenizer, prompts, virtual, max_new_tokens=c.evaluate.max_new_tokens)
 
+    def evaluation() -> dict[str, float]:
+        found = scoring.losses(eval_loss())
+        if scoring.needs_answers(goal):
+            latest[:] = answer_all()
+            found |= scoring.score_answers(prompts, latest, **scored_by)
+        return found
+
     # ---------------------------------------------------------------- Resume
     hashes = {"base": over["fingerprint"], "rows": fingerprint(rows), "backend": "torch_gpu"}
     same = identity(plain, total, **hashes, computes=str(dtype).removeprefix("torch."))
     directory = workdir / "checkpoints"
-    start, cursor = settings.together(lambda: find_checkpoint(directory, same, console.say), processes)
-    if start and c.checkpoint.resume == "never":
-        raise CannotCreateError(f"{workdir} has checkpoints and `checkpoint.resume` is never. Give a new --workdir.")
+    find = functools.partial(find_start, workdir, c.checkpoint.resume, goal, same, console.say)
+    start, cursor, fresh_at = settings.together(lambda: find_checkpoint(directory, same, find), processes)
+    earlier, quiet_log = wandb_log.earlier(workdir), processes.index > 0
     accepted(plain)
     with (
-        MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=processes.index > 0) as log,
+        wandb_log.opened(plain, workdir, earlier, note, console.say, quiet=quiet_log) as send,
+        MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=quiet_log, also=send) as log,
         Progress(console, total=total, start=start, log_every=c.train.log_every) as progress,
     ):
         steps = StepLog(log, progress)
@@ -182,13 +201,14 @@ def train(
         # ------------------------------------------------------------ Before the first step
         if start:
             console.say(f"resumed at step {start} of {total}, row {cursor}")
+            inexact(start, fresh_at, console.say, note)
         elif held:
-            steps.evaluation(0, eval_loss())
-        there = settings.together(lambda: answers.has_answers(workdir / "samples.jsonl", prompts), processes)
+            steps.evaluation(0, evaluation())
+        there = settings.together(lambda: answers.has_answers(samples, prompts), processes)
         if prompts and not (start and there):
-            before = answer_all()
+            before = latest or answer_all()
             if processes.index == 0:
-                answers.write_answers(workdir / "samples.jsonl", prompts, before=before)
+                answers.write_answers(samples, prompts, before=before)
         if settings.together(lambda: bool(stop), processes):
             return STOPPED
 
@@ -204,11 +224,16 @@ def train(
             batches,
             steps,
             total=total,
-            eval_loss=eval_loss if held else None,
+            evaluates=cadence(c.train, "eval", rows),
+            saves=cadence(c.train, "save", rows),
+            evaluation=evaluation if held else None,
             stop=stop,
             identity=same,
+            goal=goal,
+            fresh_at=fresh_at,
             directory=directory,
             say=console.say,
+            saved=saved,
         )
         steps.restart_clock()
         if start < total:
@@ -224,45 +249,39 @@ def train(
         console.say(f"{trainer.skipped} of {total - start} steps were left out, because gradients overflowed float16")
     scores = dict(trainer.scores)
     if held and not scores:  # the run had ended before, and this command only completes it
-        scores = {"eval_loss": eval_loss()}
+        scores = scoring.losses(eval_loss())
+    scores = {name: value for name, value in scores.items() if name in scoring.LOSSES}
     if prompts:
-        after = answer_all()
+        after = latest or answer_all()
         if processes.index == 0:
-            path = workdir / "samples.jsonl"
-            before = [row["before"] for row in answers.read_answers(path)]
-            table = answers.write_answers(path, prompts, before=before, after=after)
-            console.say_answers(table[:SHOWN])
-            for when in ("before", "after"):
-                scores[f"exact_match_{when}"] = answers.exact_match(table, when)
-            console.say(
-                f"exact match on {len(table)} rows: {scores['exact_match_before']:.1%} before, "
-                f"{scores['exact_match_after']:.1%} after"
-            )
+            scores |= scoring.before_and_after(samples, prompts, after, console, **scored_by)
     if processes.index == 0:
         note(base_parameters=parameters, trainable_parameters=trained, peak_memory_bytes=peak_memory(device))
         rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
-        out = workdir / "adapter"
-        readme = card("adapter", name, c.peft.method, Run(plain, scores), c.export.push_to_hub, over=over)
+        out, seq2seq = workdir / "adapter", start_id is not None
+        about = {"repo_id": c.export.push_to_hub, "over": over, "seq2seq": seq2seq}
+        readme = card("adapter", name, c.peft.method, Run(plain, scores), **about)
         method.export(adapted, out, name=name, readme=readme, over=over)
-        console.say(how_to_load(out, base.directory, str(dtype)[6:], over))
+        console.say(how_to_load(out, base.directory, str(dtype)[6:], over, seq2seq=seq2seq))
         if c.export.push_to_hub:
             hub.publish(out, c.export.push_to_hub, private=c.export.private, say=console.say)
     return 0
 
 
-def find_checkpoint(directory: Path, same: dict[str, str], say: Callable[[str], None]) -> tuple[int, int]:
-    """(step, row cursor) to go on from; (0, 0) where there is none.
+def find_checkpoint(directory: Path, same: dict[str, str], find: Callable[[], int | None]) -> tuple[int, int, int]:
+    """(step, row cursor) to go on from, and the step at which its optimiser started fresh; zeros where there is none.
 
     Raises:
-      NoCheckpointError: none is intact.  UserError, DataError: it is of another run.
+      UserError: and its kinds, as `jaxtune.origin.find_start`, or it is of another run.
     """
     kept.open_directory(directory)
-    step = kept.choose(directory, say)
+    step = find()
     if step is None:
-        return 0, 0
-    record = read_json(directory / str(step) / kept.RECORD)
-    check_same(f"Checkpoint {directory / str(step)}", record["identity"], same)
-    return step, record["rows"]
+        return 0, 0, 0
+    where = directory / str(step)
+    record = kept.read_record(where)
+    check_same(f"Checkpoint {where}", record["identity"], same)
+    return step, record["rows"], record.get("optimiser_from", 0) if has_optimiser(where) else step
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -12,12 +12,18 @@ from itertools import islice
 import numpy as np
 from jaxtyping import Bool, Int, Int64, Shaped
 
+from jaxtune.data import seq2seq
 from jaxtune.data.examples import Example
 from jaxtune.data.load import Dataset
+from jaxtune.data.seq2seq import EncoderDecoder, Lengths
+from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import DataError, UserError
 
-# tokens, targets, positions, segment_ids: int32 [B, T]; weights: float32 [B, T].
-Batch = dict[str, Shaped[np.ndarray, "B T"]]
+# tokens, targets, positions, segment_ids: int32 [B, T]; weights: float32 [B, T].  Of an encoder-decoder these are the
+# decoder's, and there are source_tokens, source_segment_ids: int32 [B, S].
+Batch = dict[str, Shaped[np.ndarray, "B _"]]
+# Static lengths are multiples of this.
+MULTIPLE = 32
 # (tokens, mask) of one row; rows differ in length.
 Pair = tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]]
 
@@ -47,11 +53,19 @@ def row_ids(start: int, stop: int, n: int, *, seed: int, shuffle: bool) -> Int64
     return ids
 
 
-def fit_length(datasets: Sequence[Dataset], max_length: int, multiple: int = 32, virtual: int = 0) -> int:
+def fit_length(datasets: Sequence[Dataset], max_length: int, multiple: int = MULTIPLE, virtual: int = 0) -> int:
     """The smallest static length for all of these: the longest row and its virtual tokens, rounded up to a `multiple`.
     Without datasets (a stream), `max_length` stands for the longest row."""
     longest = min(max((d.counts.longest for d in datasets), default=max_length), max_length) + virtual
     return -(-longest // multiple) * multiple
+
+
+def fit_lengths(datasets: Sequence[Dataset], max_length: int, two: EncoderDecoder, virtual: Virtual = NONE) -> Lengths:
+    """`fit_length` of both sides of an encoder-decoder."""
+    before = virtual.count if virtual.decoder else 0
+    longest = max((d.counts.longest_target for d in datasets), default=two.max_target_length) + before
+    source = fit_length(datasets, max_length, virtual=virtual.count)
+    return Lengths(source, -(-longest // MULTIPLE) * MULTIPLE, two.start_id, before)
 
 
 def batches(
@@ -62,13 +76,13 @@ def batches(
     shuffle: bool,
     start_row: int,
     stop_row: int | None,
-    length: int,
+    length: int | Lengths,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[tuple[Batch, int]]:
     """(batch, next row) from stream row `start_row` to `stop_row` (None: without end), over epoch borders.
 
-    `batch_size` is global; each process gets its contiguous part of [batch_size / process_count, length].  A last batch
+    `batch_size` is global; each process gets its contiguous part, batch_size / process_count rows.  A last batch
     that `stop_row` cuts is filled with empty rows.
 
     Raises:
@@ -90,7 +104,7 @@ def stream_batches(
     batch_size: int,
     start_row: int,
     stop_row: int | None,
-    length: int,
+    length: int | Lengths,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[tuple[Batch, int]]:
@@ -105,7 +119,7 @@ def stream_batches(
 
 
 def eval_batches(
-    dataset: Dataset, batch_size: int, length: int, process_index: int = 0, process_count: int = 1
+    dataset: Dataset, batch_size: int, length: int | Lengths, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """Every row once, in order; the last batch is filled with empty rows."""
     options = {"process_index": process_index, "process_count": process_count}
@@ -122,14 +136,16 @@ def eval_batches(
         yield batch
 
 
-def collate(rows: Sequence[Pair], batch_size: int, length: int) -> Batch:
-    """Rows side by side in [batch_size, length], padding on the right and below.
+def collate(rows: Sequence[Pair], batch_size: int, length: int | Lengths) -> Batch:
+    """Rows side by side in [batch_size, length], padding on the right and below; for `Lengths`, as `seq2seq.collate`.
 
     targets[t] is tokens[t + 1]; weights[t] is 1 where that target is learnt; segment_ids is 1 on real tokens.
 
     Raises:
       ValueError: a row is longer than `length`, or there are more rows than `batch_size`.
     """
+    if isinstance(length, Lengths):
+        return seq2seq.collate(rows, batch_size, length)
     names = ("tokens", "targets", "positions", "segment_ids")
     batch: Batch = {name: np.zeros((batch_size, length), np.int32) for name in names}
     batch["weights"] = np.zeros((batch_size, length), np.float32)
@@ -144,6 +160,11 @@ def collate(rows: Sequence[Pair], batch_size: int, length: int) -> Batch:
         batch["positions"][i, :n] = np.arange(n)
         batch["segment_ids"][i, :n] = 1
     return batch
+
+
+def real_tokens(batch: Batch) -> int:
+    """What a batch holds beside padding, on both sides where it has two."""
+    return sum(int(v.sum()) for name, v in batch.items() if name in ("segment_ids", "source_segment_ids"))
 
 
 def _epochs(open_examples: Callable[[], Iterator[Example]]) -> Iterator[Example]:

@@ -66,6 +66,12 @@ TEMPLATES = {
         {{- bos_token + '[INST] ' + content | trim + ' [/INST]' }}
     {%- else %}{{ bos_token + '[INST] ' + message.content | trim + ' [/INST]' }}{% endif %}
 {%- endfor %}""",
+    # Llama 3's.  Those of 3.1 and later write a system turn with dates besides: theirs come with the checkpoint.
+    "llama3": """{{ bos_token if messages else '' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
 }
 
 
@@ -100,7 +106,7 @@ def render(
     except (SecurityError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(
             f"The chat template does what templates may not: {error or type(error).__name__} "
-            "Set `data.chat_template` to gemma, chatml or llama2 to use one of ours."
+            f"Set `data.chat_template` to use one of ours: {', '.join(TEMPLATES)}."
         ) from None
     except UserError:
         raise

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxtune.data.chat import Message, render, render_folded
-from jaxtune.data.formats import Format, RowError, Text, parse_row, parse_task
+from jaxtune.data.formats import Format, RowError, Text, parse_row, parse_task, references
 from jaxtune.data.sources import Row
 from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import DataError, UserError
@@ -34,7 +34,7 @@ CHUNK = 512
 
 class Example(NamedTuple):
     row: int
-    # Virtual tokens first, where the method has any.
+    # Virtual tokens first, where the method has any.  For an encoder-decoder: what the encoder reads, then the labels.
     tokens: Int[np.ndarray, "T"]
     # True where the token itself is learnt (to be predicted from the one before).
     mask: Bool[np.ndarray, "T"]
@@ -43,6 +43,8 @@ class Example(NamedTuple):
     shifted: bool
     # The last answer ends with a stop token.
     stopped: bool
+    # Of an encoder-decoder, whose two sides are cut by themselves.
+    target_truncated: bool = False
 
 
 class Dropped(NamedTuple):
@@ -138,7 +140,7 @@ def find_turns(template: str, messages: Sequence[Message], tokenizer: Tokenizer)
         if not text.startswith(before) or text_end < len(before) + len(answer):
             raise DataError(
                 f"The chat template renders turn {i} differently inside the conversation than at its end, "
-                "so the answer's tokens cannot be told apart. Set `data.chat_template` to gemma, chatml or llama2."
+                "so the answer's tokens cannot be told apart. Set `data.chat_template` to one of ours: chatml, …"
             )
         turns.append(Turn(len(before), text_end, max(text_end, len(text[:end].rstrip()))))
     return text, tuple(turns)
@@ -182,7 +184,7 @@ def _example(plan: Plan, spans: Spans, tokenizer: Tokenizer, max_length: int, tr
     if truncated and truncation == "right":
         ids, mask = ids[:max_length], mask[:max_length]
     elif truncated:
-        keep = np.r_[0 if bos is not None else len(ids) - max_length, len(ids) - max_length + 1 : len(ids)]
+        keep = without_beginning(len(ids), max_length, bos is not None)
         ids, mask = ids[keep], mask[keep]
     # BOS, or whatever comes first, is predicted from nothing.
     mask[0] = False
@@ -191,6 +193,11 @@ def _example(plan: Plan, spans: Spans, tokenizer: Tokenizer, max_length: int, tr
     # `max_length` is for the row's own tokens, as in PEFT.
     ids, mask = np.concatenate([plan.virtual, ids]), np.concatenate([np.zeros(len(plan.virtual), bool), mask])
     return Example(plan.row, ids.astype(np.int32), mask, truncated, shifted, stopped)
+
+
+def without_beginning(length: int, max_length: int, bos: bool) -> Int[np.ndarray, "max_length"]:
+    """Which tokens of a longer row are left by truncation on the left: the last ones, and BOS."""
+    return np.r_[0 if bos else length - max_length, length - max_length + 1 : length]
 
 
 # --- prompts for generation ---
@@ -203,8 +210,12 @@ class Prompt(NamedTuple):
     text: str
     # The last user turn, as the row has it (with a system turn folded in where the template wants it so).
     question: str
-    # What the row answers.
+    # What the row answers: what training learns.
     reference: str
+    # All answers that are right; none where the row's question has no answer (and `reference` is `data.no_answer`).
+    references: list[str]
+    # The row's column `id`, where it has one.
+    row_id: str | None
 
 
 def prompt_and_reference(row: Row, tokenizer: Tokenizer, form: Format, virtual: Virtual = NONE) -> Prompt:
@@ -214,11 +225,7 @@ def prompt_and_reference(row: Row, tokenizer: Tokenizer, form: Format, virtual: 
       RowError, DataError: the row cannot be used.
       UserError: format text, which asks nothing.
     """
-    if form.kind == "text":
-        raise UserError(
-            "`data.format` is text, which has no answers to compare. Set `evaluate.samples` to 0, or use "
-            "prompt_completion."
-        )
+    check_asks(form)
     content = parse_row(row, form)
     if isinstance(content, Text):
         text, question, reference = content.prompt, content.prompt, content.completion
@@ -232,4 +239,25 @@ def prompt_and_reference(row: Row, tokenizer: Tokenizer, form: Format, virtual: 
     ids = tokenizer.encode(text)
     if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
-    return Prompt(row.number, virtual.ids(parse_task(row, virtual)).tolist() + ids, text, question, reference)
+    ids = virtual.ids(parse_task(row, virtual)).tolist() + ids
+    answers = references(row, form) if form.kind == "prompt_completion" else [reference]
+    return Prompt(row.number, ids, text, question, reference, answers, row_id(row))
+
+
+def check_asks(form: Format) -> None:
+    """Refuses rows that ask nothing.
+
+    Raises:
+      UserError: format text.
+    """
+    if form.kind == "text":
+        raise UserError(
+            "`data.format` is text, which has no answers to compare. Set `evaluate.samples` to 0, or use "
+            "prompt_completion."
+        )
+
+
+def row_id(row: Row) -> str | None:
+    """What a row calls itself: its column `id`, text or a number."""
+    value = row.fields.get("id")
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None

@@ -1,11 +1,15 @@
 """What a row says: a conversation, or a prompt and its completion.
 
 Three formats: `messages` (a column of turns), `prompt_completion` and `text` (templates over named columns).
+
+Two kinds of columns are read as data sets of tasks have them.  An integer class stands for its name, where
+`data.label_names` gives names.  Answers as SQuAD has them, {"text": [...], "answer_start": [...]}, stand for the first
+one, all of them being right; without any, for `data.no_answer`.
 """
 
 import math
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +52,11 @@ class Format:
     completion: ColumnTemplate
     # The chat template's source; None: plain text.
     chat_template: str | None
+    # The column of integer classes, and what they are called; without names the column is as any other.
+    label_column: str = "label"
+    label_names: tuple[str, ...] = ()
+    # What stands for answers where there are none.
+    no_answer: str | None = None
 
 
 def make_format(
@@ -59,12 +68,15 @@ def make_format(
     completion: str = "{completion}",
     text: str = "{text}",
     chat_template: str | None = None,
+    label_column: str = "label",
+    label_names: Any = None,
+    no_answer: str | None = None,
 ) -> Format:
     """Checks the settings of `config.data` that say what a row means; the keywords and defaults are its keys.
 
     Raises:
-      UserError: an unknown format or chat template, a checkpoint without one, or a template over columns that is not
-        plain text and `{column}`.
+      UserError: an unknown format or chat template, a checkpoint without one, a template over columns that is not
+        plain text and `{column}`, or names of classes that are no names or that no template would show.
     """
     template = None
     if format == "messages" or (format == "prompt_completion" and chat_template is not None):
@@ -73,15 +85,16 @@ def make_format(
         raise UserError(
             "`data.chat_template` is set, but `data.format` is text, which has no turns. Unset one of them."
         )
-    if format == "messages":
-        return Format(format, messages, (), (), template)
+    pieces: tuple[ColumnTemplate, ColumnTemplate] = ((), ())
     if format == "prompt_completion":
         pieces = parse_template(prompt, "data.prompt"), parse_template(completion, "data.completion")
-        return Format(format, "", *pieces, template)
-    if format == "text":
-        return Format(format, "", (), parse_template(text, "data.text"), None)
-    known = ("messages", "prompt_completion", "text")
-    raise UserError(f"`data.format` is {format!r}. It can be: {', '.join(known)}.{did_you_mean(format, known)}")
+    elif format == "text":
+        pieces = (), parse_template(text, "data.text")
+    elif format != "messages":
+        known = ("messages", "prompt_completion", "text")
+        raise UserError(f"`data.format` is {format!r}. It can be: {', '.join(known)}.{did_you_mean(format, known)}")
+    names = check_labels(label_column, label_names, *pieces)
+    return Format(format, messages if format == "messages" else "", *pieces, template, label_column, names, no_answer)
 
 
 def find_template(name: str | None, tokenizer: Tokenizer) -> str:
@@ -119,6 +132,28 @@ def parse_template(template: str, key: str) -> ColumnTemplate:
     return tuple((literal, column) for literal, column, _, _ in parts)
 
 
+def check_labels(column: str, names: Any, *templates: ColumnTemplate) -> tuple[str, ...]:
+    """`data.label_names` as a tuple, () where there are none.
+
+    Raises:
+      UserError: not a list of different texts, or no template has the column.
+    """
+    if names is None:
+        return ()
+    listed = not isinstance(names, str) and isinstance(names, Sequence)
+    if not listed or not names or not all(isinstance(n, str) and n for n in names) or len(set(names)) < len(names):
+        raise UserError(
+            f"`data.label_names` is {names!r}. It is a list of different names, in the order of the classes' numbers: "
+            "('negative', 'positive')."
+        )
+    if all(name != column for template in templates for _, name in template):
+        raise UserError(
+            f"`data.label_names` is set, and no template names its column {{{column}}}. Write it there, or set "
+            "`data.label_column` to the column that holds the classes."
+        )
+    return tuple(names)
+
+
 def parse_row(row: Row, form: Format) -> list[Message] | Text:
     """The turns of a row, or its plain text.
 
@@ -129,10 +164,20 @@ def parse_row(row: Row, form: Format) -> list[Message] | Text:
         raise RowError(row.number, "line", row.problem)
     if form.kind == "messages":
         return _messages(row, form.column)
-    prompt, completion = _fill(row, form.prompt), _fill(row, form.completion)
+    prompt, completion = _fill(row, form.prompt, form), _fill(row, form.completion, form)
     if form.chat_template is None:
         return Text(prompt, completion)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def references(row: Row, form: Format) -> list[str]:
+    """Every completion that is right, the one that is learnt first; none where the row has no answer.
+
+    Raises:
+      RowError: the row cannot be used.
+    """
+    found = [len(_texts(row, column, form)) for _, column in form.completion if column is not None]
+    return [] if 0 in found else [_fill(row, form.completion, form, nth) for nth in range(max(found))]
 
 
 def parse_task(row: Row, virtual: Virtual) -> int:
@@ -143,9 +188,7 @@ def parse_task(row: Row, virtual: Virtual) -> int:
     """
     if virtual.column is None:
         return 0
-    value = _column(row, virtual.column)
-    if isinstance(value, str) and value.strip().isdecimal():  # CSV knows nothing but text
-        value = int(value)
+    value = _integer(_column(row, virtual.column))
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < virtual.tasks:
         shown = value if isinstance(value, int) else _kind(value)
         why = f"it is {shown}; the task is an integer from 0 to {virtual.tasks - 1} (`peft.num_tasks`)."
@@ -162,18 +205,48 @@ def _column(row: Row, column: str) -> Any:
     return row.fields[column]
 
 
-def _fill(row: Row, template: ColumnTemplate) -> str:
+def _integer(value: Any) -> Any:
+    """CSV knows nothing but text."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+def _fill(row: Row, template: ColumnTemplate, form: Format, nth: int = 0) -> str:
+    """A template's text; of a column with several answers, the nth (or the last)."""
     text = []
     for literal, column in template:
         text.append(literal)
         if column is not None:
-            value = _column(row, column)
-            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                raise RowError(row.number, column, f"it is {_kind(value)}; it must be text or a number.")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RowError(row.number, column, f"it is {value}; it must be text or a finite number.")
-            text.append(_text(row, column, str(value)))
+            texts = _texts(row, column, form) or [form.no_answer]
+            if texts[0] is None:
+                why = "it has no answer. Set `data.no_answer` to what is to be learnt for such rows, e.g. unanswerable."
+                raise RowError(row.number, column, why)
+            text.append(texts[min(nth, len(texts) - 1)])
     return "".join(text)
+
+
+def _texts(row: Row, column: str, form: Format) -> list[str]:
+    """What a column may stand for, none for answers of which there are none."""
+    value = _column(row, column)
+    if form.label_names and column == form.label_column:
+        value = _label(row, column, _integer(value), form.label_names)
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        for i, answer in enumerate(value["text"]):
+            if not isinstance(answer, str):
+                raise RowError(row.number, f"{column}.text[{i}]", f"it is {_kind(answer)}; it must be text.")
+        return [_text(row, column, answer) for answer in value["text"]]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise RowError(row.number, column, f"it is {_kind(value)}; it must be text or a number.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(row.number, column, f"it is {value}; it must be text or a finite number.")
+    return [_text(row, column, str(value))]
+
+
+def _label(row: Row, column: str, value: Any, names: Sequence[str]) -> str:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(names):
+        shown = value if isinstance(value, int) else _kind(value)
+        why = f"it is {shown}; a class is an integer from 0 to {len(names) - 1} (`data.label_names`)."
+        raise RowError(row.number, column, why + " Rows of a test set often have none (-1)." * (value == -1))
+    return names[value]
 
 
 def _messages(row: Row, column: str) -> list[Message]:

@@ -13,8 +13,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64
 
-from jaxtune.data.examples import Dropped, Example, Prompt, examples, prompt_and_reference
-from jaxtune.data.formats import make_format
+from jaxtune.data import seq2seq as two_sides
+from jaxtune.data.examples import (
+    Dropped,
+    Example,
+    Prompt,
+    check_asks,
+    examples,
+    prompt_and_reference,
+    without_beginning,
+)
+from jaxtune.data.formats import Format, make_format
+from jaxtune.data.seq2seq import EncoderDecoder
 from jaxtune.data.sources import open_rows
 from jaxtune.data.virtual import NONE, Virtual
 from jaxtune.errors import DataError, UserError, did_you_mean
@@ -41,10 +51,14 @@ class Counts:
     unstopped: int
     tokens: int
     target_tokens: int
-    # The longest kept row, in tokens.  Virtual tokens count neither here nor above.
+    # The longest kept row, in tokens; of an encoder-decoder, what the encoder reads.  Virtual tokens count neither here
+    # nor above.
     longest: int
     # Reason -> rows.
     dropped: dict[str, int]
+    # Of an encoder-decoder: the most labels of a row, and rows whose labels were cut.  0: a decoder alone.
+    longest_target: int = 0
+    target_truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,23 +97,25 @@ def load_dataset(
     on_bad_row: str = "error",
     max_rows: int | None = None,
     virtual: Virtual = NONE,
+    seq2seq: EncoderDecoder | None = None,
     **columns: Any,
 ) -> Dataset:
     """Every row of a split, tokenised, behind the method's virtual tokens.  The keywords are the keys of `config.data`;
-    `columns` are those that say what a row means: format, messages, prompt, completion, text, chat_template (see
-    `make_format`).
+    `columns` are those that say what a row means: format, messages, prompt, completion, text, chat_template, … (see
+    `make_format`).  `seq2seq`: the model has an encoder.
 
     Raises:
       DataError: bad rows (the first ones as file:row:field) unless they are skipped; or no row is left to learn from.
       MissingInputError, NetworkError, UserError: as `open_rows` and `make_format`.
     """
-    form = make_format(tokenizer, **columns)
+    form = _format(tokenizer, seq2seq, columns)
     _check_policies(max_length, truncation, on_bad_row)
     rows = open_rows(source, split=split, name=name, revision=revision, max_rows=max_rows)
     kept: list[Example] = []
     dropped: list[Dropped] = []
     bad: list[Dropped] = []
-    for example in examples(rows, tokenizer, form, max_length=max_length, truncation=truncation, virtual=virtual):
+    how = {"max_length": max_length, "truncation": truncation, "virtual": virtual}
+    for example in _examples(rows, tokenizer, form, seq2seq, **how):
         if isinstance(example, Example):
             kept.append(example)
             continue
@@ -111,7 +127,7 @@ def load_dataset(
     dropped += bad
     if not kept:
         raise _nothing_left(source, dropped)
-    return _dataset(source, kept, dropped, virtual.count)
+    return _dataset(source, kept, dropped, virtual.count, seq2seq is not None)
 
 
 def stream_examples(
@@ -126,13 +142,14 @@ def stream_examples(
     on_bad_row: str = "error",
     max_rows: int | None = None,
     virtual: Virtual = NONE,
+    seq2seq: EncoderDecoder | None = None,
     **columns: Any,
 ) -> Iterator[Example]:
     """One pass over a split, tokenised as it is read; the same rules and errors as `load_dataset`.
 
     The settings are checked now, rows when they come.  A stream whose first 1000 rows give nothing is refused.
     """
-    form = make_format(tokenizer, **columns)
+    form = _format(tokenizer, seq2seq, columns)
     _check_policies(max_length, truncation, on_bad_row)
     rows = open_rows(source, split=split, name=name, revision=revision, streaming=True, max_rows=max_rows)
 
@@ -140,7 +157,7 @@ def stream_examples(
         dropped: list[Dropped] = []
         empty = True
         how = {"max_length": max_length, "truncation": truncation, "virtual": virtual}
-        for example in examples(rows, tokenizer, form, **how, chunk=64):
+        for example in _examples(rows, tokenizer, form, seq2seq, **how, chunk=64):
             if isinstance(example, Example):
                 empty = False
                 yield example
@@ -165,33 +182,49 @@ def load_prompts(
     name: str | None = None,
     revision: str | None = None,
     max_length: int = 1024,
+    truncation: str = "right",
     virtual: Virtual = NONE,
+    seq2seq: EncoderDecoder | None = None,
     **columns: Any,
 ) -> list[Prompt]:
-    """The first `count` rows as questions with their answers.  Rows that cannot be used, or whose prompt has more than
-    `max_length` tokens, are passed over; the training data's own load has reported them."""
-    form = make_format(tokenizer, **columns)
+    """The first `count` rows as questions with their answers.  Rows that cannot be used are passed over; the
+    training data's own load has reported them.  So are those whose prompt has more than `max_length` tokens, unless
+    rows are cut on the left, or an encoder reads it: then it is cut as in training (`truncation`)."""
+    form = _format(tokenizer, seq2seq, columns)
+    check_asks(form)
     found: list[Prompt] = []
     for row in open_rows(source, split=split, name=name, revision=revision):
         if len(found) == count:
             break
         try:
-            asked = prompt_and_reference(row, tokenizer, form, virtual)
+            if seq2seq is None:
+                asked = prompt_and_reference(row, tokenizer, form, virtual)
+                if truncation == "left" and len(asked.ids) > virtual.count + max_length:
+                    own = asked.ids[virtual.count :]
+                    left = without_beginning(len(own), max_length, tokenizer.bos_id is not None)
+                    asked = asked._replace(ids=asked.ids[: virtual.count] + [own[i] for i in left])
+            else:
+                how = {"max_length": max_length, "truncation": truncation, "virtual": virtual}
+                asked = two_sides.prompt(row, tokenizer, form, **how)
         except DataError:
             continue
-        if len(asked.ids) <= virtual.count + max_length:
+        if asked is not None and len(asked.ids) <= virtual.count + max_length:
             found.append(asked)
     return found
 
 
 def report(counts: Counts) -> list[str]:
     """What became of the rows, one line each; lines that begin with "warning:" deserve a look."""
+    two = counts.longest_target > 0
+    longest = f"prompt {counts.longest}, longest answer {counts.longest_target}" if two else f"row {counts.longest}"
     lines = [
         f"{counts.kept} of {counts.rows} rows, {counts.tokens} tokens, {counts.target_tokens} of them learnt, "
-        f"longest row {counts.longest}"
+        f"longest {longest}"
     ]
     if counts.truncated:
-        lines.append(f"{counts.truncated} rows cut at data.max_length")
+        lines.append(f"{counts.truncated} {'prompts' if two else 'rows'} cut at data.max_length")
+    if counts.target_truncated:
+        lines.append(f"{counts.target_truncated} answers cut at data.max_target_length")
     dropped = counts.rows - counts.kept
     reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.dropped.items()))
     if dropped:
@@ -206,7 +239,22 @@ def report(counts: Counts) -> list[str]:
     return lines
 
 
-def _dataset(source: str, kept: list[Example], dropped: list[Dropped], virtual: int) -> Dataset:
+def _format(tokenizer: Tokenizer, seq2seq: EncoderDecoder | None, columns: dict[str, Any]) -> Format:
+    """Raises UserError as `make_format` and `seq2seq.check_format`: the latter first, for a default may be at fault."""
+    if seq2seq is not None:
+        two_sides.check_format(columns.get("format", "messages"), columns.get("chat_template"))
+    return make_format(tokenizer, **columns)
+
+
+def _examples(
+    rows: Any, tokenizer: Tokenizer, form: Format, seq2seq: EncoderDecoder | None, **how: Any
+) -> Iterator[Example | Dropped]:
+    if seq2seq is None:
+        return examples(rows, tokenizer, form, **how)
+    return two_sides.examples(rows, tokenizer, form, seq2seq, **how)
+
+
+def _dataset(source: str, kept: list[Example], dropped: list[Dropped], virtual: int, seq2seq: bool) -> Dataset:
     offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum([len(example.tokens) for example in kept], out=offsets[1:])
     tokens = np.concatenate([example.tokens for example in kept])
@@ -215,6 +263,8 @@ def _dataset(source: str, kept: list[Example], dropped: list[Dropped], virtual: 
     # Little-endian, so that the fingerprint is the same on every machine.
     for array in (tokens.astype("<i4"), mask.astype("u1"), offsets.astype("<i8")):
         digest.update(array.tobytes())
+    lengths = np.diff(offsets) - virtual
+    targets = np.add.reduceat(mask, offsets[:-1], dtype=np.int64) if seq2seq else np.zeros_like(lengths)
     counts = Counts(
         rows=len(kept) + len(dropped),
         kept=len(kept),
@@ -223,8 +273,10 @@ def _dataset(source: str, kept: list[Example], dropped: list[Dropped], virtual: 
         unstopped=sum(not example.stopped for example in kept),
         tokens=len(tokens) - virtual * len(kept),
         target_tokens=int(mask.sum()),
-        longest=int(np.diff(offsets).max()) - virtual,
+        longest=int((lengths - targets).max()),
         dropped=dict(Counter(row.reason for row in dropped)),
+        longest_target=int(targets.max()),
+        target_truncated=sum(example.target_truncated for example in kept),
     )
     rows = np.array([example.row for example in kept], np.int64)
     return Dataset(source, rows, offsets, tokens, mask, counts, digest.hexdigest())

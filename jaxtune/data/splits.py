@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from jaxtune.data.batches import Batch, batches, fit_length, stream_batches
+from jaxtune.data.batches import Batch, batches, fit_length, fit_lengths, stream_batches
 from jaxtune.data.examples import Example, Prompt
 from jaxtune.data.load import Dataset, load_dataset, load_prompts, report, stream_examples
+from jaxtune.data.seq2seq import EncoderDecoder, Lengths, sides
 from jaxtune.data.virtual import NONE, Virtual, by_column
 from jaxtune.errors import UserError
 from jaxtune.tokenizer import Tokenizer
 
-COLUMNS = ("format", "messages", "prompt", "completion", "text", "chat_template")
+# What says what a row means, as `make_format` takes it.
+TEMPLATES = ("format", "messages", "prompt", "completion", "text", "chat_template")
+COLUMNS = (*TEMPLATES, "label_column", "label_names", "no_answer")
 
 
 class Stream(NamedTuple):
@@ -25,23 +28,38 @@ class Stream(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """train, held: the rows (held: None without `data.eval`).  length: the static length that fits both."""
+    """train, held: the rows (held: None without `data.eval`).  length: the static length that fits both, or those of an
+    encoder-decoder's two sides."""
 
     train: Dataset | Stream
     held: Dataset | None
-    length: int
+    length: int | Lengths
 
 
-def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None], virtual: Virtual = NONE) -> Splits:
+def read_splits(
+    c: Any,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
+    virtual: Virtual = NONE,
+    start_id: int | None = None,
+) -> Splits:
     """Reads, checks and tokenises everything, and says what became of the rows; a stream is read up to its first row.
 
     Args:
-      c: `config.data`.  virtual: the method's tokens before each row.
+      c: `config.data`.  virtual: the method's tokens before each row.  start_id: what the decoder of an encoder-decoder
+        reads first (`jaxtune.models.decoder_start`); None: a decoder alone.
 
     Raises:
-      DataError, MissingInputError, NetworkError, UserError: as `load_dataset` and `by_column`.
+      DataError, MissingInputError, NetworkError, UserError: as `load_dataset`, `by_column` and `seq2seq.sides`.
     """
-    source = _source(c, virtual) | {"truncation": c.truncation, "on_bad_row": c.on_bad_row}
+    source = _source(c, virtual, start_id) | {"on_bad_row": c.on_bad_row}
+    seq2seq: EncoderDecoder | None = source["seq2seq"]
+
+    def fit(*datasets: Dataset | None) -> int | Lengths:
+        read = [dataset for dataset in datasets if dataset is not None]
+        if seq2seq is None:
+            return fit_length(read, c.max_length, virtual=virtual.count)
+        return fit_lengths(read, c.max_length, seq2seq, virtual)
 
     def read(name: str, split: str, max_rows: int | None) -> Dataset:
         rows = load_dataset(name, tokenizer, split=split, max_rows=max_rows, **source)
@@ -51,7 +69,7 @@ def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None], virtua
     held = read(c.eval, c.eval_split, c.max_eval_rows) if c.eval else None
     if not c.streaming:
         train = read(c.train, c.train_split, c.max_train_rows)
-        return Splits(train, held, fit_length([train, held] if held else [train], c.max_length, virtual=virtual.count))
+        return Splits(train, held, fit(train, held))
 
     how = {"split": c.train_split, "max_rows": c.max_train_rows, **source}
     stream = Stream(
@@ -61,7 +79,7 @@ def read_splits(c: Any, tokenizer: Tokenizer, say: Callable[[str], None], virtua
     )
     next(stream.open())  # what is wrong with the first rows is said now
     say(f"data: {c.train}\n  streamed in its own order; to resume, the rows seen are read again and skipped")
-    return Splits(stream, held, fit_length([], c.max_length, virtual=virtual.count))
+    return Splits(stream, held, fit())
 
 
 def fingerprint(rows: Dataset | Stream) -> str:
@@ -92,12 +110,15 @@ def train_batches(rows: Dataset | Stream, *, seed: int, shuffle: bool, **where: 
     return batches(rows, seed=seed, shuffle=shuffle, **where)
 
 
-def read_prompts(c: Any, tokenizer: Tokenizer, count: int, virtual: Virtual = NONE) -> list[Prompt]:
+def read_prompts(
+    c: Any, tokenizer: Tokenizer, count: int, virtual: Virtual = NONE, start_id: int | None = None
+) -> list[Prompt]:
     """Questions for generation, from the rows held back or, without these, from the training rows."""
     name, split = (c.eval, c.eval_split) if c.eval else (c.train, c.train_split)
-    return load_prompts(name, tokenizer, count=count, split=split, **_source(c, virtual)) if count else []
+    return load_prompts(name, tokenizer, count=count, split=split, **_source(c, virtual, start_id)) if count else []
 
 
-def _source(c: Any, virtual: Virtual) -> dict[str, Any]:
-    keys = {key: c[key] for key in ("name", "revision", "max_length", *COLUMNS)}
-    return keys | {"virtual": by_column(virtual, c.task_id)}
+def _source(c: Any, virtual: Virtual, start_id: int | None) -> dict[str, Any]:
+    keys = {key: c[key] for key in ("name", "revision", "max_length", "truncation", *COLUMNS)}
+    seq2seq = sides(start_id, c.max_length, c.max_target_length)
+    return keys | {"virtual": by_column(virtual, c.task_id), "seq2seq": seq2seq}

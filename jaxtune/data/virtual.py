@@ -1,8 +1,11 @@
 """Virtual tokens: what a prompt method trains, as token ids below zero.
 
-Token -(1 + task * count + k) is virtual token k of a task (0 where the method has none).  They stand before a row's own
-tokens and are slots like any others, so that padding, packing, positions, windows and the KV cache need no special
+Token -(1 + task * stride + k) is virtual token k of a task (0 where the method has none).  They stand before a row's
+own tokens and are slots like any others, so that padding, packing, positions, windows and the KV cache need no special
 case; the embedding looks them up in the adapter (`jaxtune.layers.with_prompt`).  No virtual token is learnt.
+
+`stride` is `count`, or twice that where a decoder behind an encoder has its own: k < count stand before the encoder's
+tokens, the others before the decoder's start token.  That is the order of the rows in peft's `prompt_embeddings`.
 """
 
 import operator
@@ -18,15 +21,31 @@ from jaxtune.errors import UserError
 class Virtual(NamedTuple):
     """count: virtual tokens before every row.  tasks: how many sets of them there are; 0: rows have no task.
 
-    column: `data.task_id`, where rows say which task theirs is.
+    column: `data.task_id`, where rows say which task theirs is.  decoder: as many stand before the decoder's tokens
+    (peft's multitask prompts on encoder-decoders; its other prompts leave the decoder alone).
     """
 
     count: int = 0
     tasks: int = 0
     column: str | None = None
+    decoder: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Virtual tokens of one task."""
+        return self.count * (2 if self.decoder else 1)
 
     def ids(self, task: int = 0) -> Int32[np.ndarray, "P"]:
-        return np.int32(-1 - task * self.count) - np.arange(self.count, dtype=np.int32)
+        """Those before a row, or before an encoder's tokens."""
+        return np.int32(-1 - task * self.stride) - np.arange(self.count, dtype=np.int32)
+
+    def decoder_ids(self, task: int = 0) -> Int32[np.ndarray, "Q"]:
+        """Those before a decoder's start token; Q is 0 without `decoder`."""
+        return self.ids(task)[: self.count * self.decoder] - np.int32(self.count)
+
+    def task_of(self, first: Any) -> Any:
+        """The task of a row whose first token is `first` (any shape); 0 where that is no virtual token."""
+        return np.maximum(-1 - np.asarray(first), 0) // max(self.stride, 1)
 
 
 NONE = Virtual()

@@ -22,11 +22,13 @@ from jaxtune.hf.handover import read_ours, write_ours
 from jaxtune.models import canonical
 from jaxtune.peft import BY_PEFT_TYPE, prompt, saved
 from jaxtune.peft.keys import read_config
-from jaxtune.peft.method import Layout, from_variables, to_variables
+from jaxtune.peft.method import Layout, from_variables, to_variables, without_idle_targets
 from jaxtune.typing import Tree
 
 PREFIX = "base_model.model."
 CONFIG_LIMIT = 2**20
+# What does the same as a type that is not here.
+INSTEAD = {"TRAINABLE_TOKENS": " LoRA trains such rows too: `trainable_token_indices`, in either library."}
 
 
 class PeftAdapter(NamedTuple):
@@ -91,16 +93,7 @@ def load_adapter(directory: Path, layout: Layout, **ours: Any) -> PeftAdapter:
             + ("there is no such directory" if there is None else f"it holds {', '.join(there) or 'nothing'}")
             + (f". Did you mean {inside[0]}?" if inside else ". An adapter on the Hub is fetched with `hf download`.")
         )
-    values = read_json(directory / "adapter_config.json", CONFIG_LIMIT)
-    peft_type = values.get("peft_type")
-    if peft_type not in BY_PEFT_TYPE:
-        raise UserError(
-            f"{directory / 'adapter_config.json'} says peft_type={peft_type!r}. jaxtune has: {', '.join(BY_PEFT_TYPE)}."
-            + did_you_mean(str(peft_type), BY_PEFT_TYPE)
-        )
-    method = BY_PEFT_TYPE[peft_type]
-    values |= our_values(directory, method, {key: value for key, value in ours.items() if value is not None})
-    config = read_config(method.Config, values, method.NEUTRAL, str(directory / "adapter_config.json"))
+    method, config, values = read_method(directory / "adapter_config.json", layout, **ours)
     tensors = read_tensors(directory, own_names(method), getattr(method, "PREFIX", PREFIX))
     stored, known = len(tensors), list(tensors)
     try:
@@ -118,6 +111,26 @@ def load_adapter(directory: Path, layout: Layout, **ours: Any) -> PeftAdapter:
     return PeftAdapter(
         method, config, adapters, values.get("base_model_name_or_path"), read_ours(directory).get("base")
     )
+
+
+def read_method(path: Path, layout: Layout, **ours: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The method of an adapter_config.json, its config for a model of this layout, and all that the file says.
+
+    Raises:
+      UserError: a type that jaxtune does not have, or a key that it does not honour.
+    """
+    values = read_json(path, CONFIG_LIMIT)
+    peft_type = values.get("peft_type")
+    if peft_type not in BY_PEFT_TYPE:
+        raise UserError(
+            f"{path} says peft_type={peft_type!r}. jaxtune has: {', '.join(BY_PEFT_TYPE)}."
+            + INSTEAD.get(str(peft_type), did_you_mean(str(peft_type), BY_PEFT_TYPE))
+        )
+    method = BY_PEFT_TYPE[peft_type]
+    values |= our_values(path.parent, method, {key: value for key, value in ours.items() if value is not None})
+    begun = {key: now for (key, said), now in getattr(method, "BEGUN", {}).items() if values.get(key) == said}
+    config = read_config(method.Config, values | begun, method.NEUTRAL, str(path))
+    return method, without_idle_targets(layout, config), values
 
 
 def own_names(method: Any) -> Collection[str]:
@@ -192,7 +205,7 @@ def save_adapter(
     values = {
         **peft.method.to_config(layout, peft.config, flat),
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if layout.encoder_layers else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "auto_mapping": None,

@@ -19,7 +19,7 @@ from jaxtune.hf.handover import trained_over
 from jaxtune.hf.rows import Row, rows_of, sites_of
 from jaxtune.hf.weights import check_tensors, load_params, stored_tensors
 from jaxtune.layers import abstract_params
-from jaxtune.models import build
+from jaxtune.models import build, is_encoder_decoder, table_of
 from jaxtune.peft.method import Layout, Site
 from jaxtune.quant import Scheme, check_blocks
 from jaxtune.typing import Tree
@@ -53,10 +53,21 @@ class Base:
         c = self.model.config
         sizes = {"vocab": c.vocab_size, "width": c.width, "layers": c.layers}
         heads = {"heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        prefix, kind = self.text_prefix, self.quant.kind if self.quant else None
-        return Layout(
-            c.family, tuple(self.sites), c.tied, c.embed_scale, **sizes, **heads, text_prefix=prefix, quant=kind
-        )
+        more = {"text_prefix": self.text_prefix, "quant": self.quant.kind if self.quant else None}
+        if self.encodes:
+            more["encoder_layers"] = c.encoder_layers
+        return Layout(c.family, tuple(self.sites), c.tied, c.embed_scale, **sizes, **heads, **more)
+
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """What config.json has to say of an encoder-decoder, so that transformers 4 and 5 read it alike."""
+        keys = ("tie_word_embeddings", "scale_decoder_outputs") if self.encodes else ()
+        return {key: self.hf_config[key] for key in keys}
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder and a decoder."""
+        return is_encoder_decoder(self.hf_config)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -101,7 +112,7 @@ def open_base(
             f"`model.id` is {model_id!r}, and {directory} has no config.json: it is no model. It holds: "
             f"{', '.join(inside[:20]) or 'nothing'}."
         )
-    config = read_json(directory / "config.json")
+    config = settled(read_json(directory / "config.json"), directory)
     base = describe(model_id, directory, config, dtype=dtype, remat=remat)
     stored = bnb.scheme_in(config)
     if stored and quant and (stored.kind, stored.double or quant.double) != (quant.kind, stored.double):
@@ -110,6 +121,8 @@ def open_base(
             "give the unquantised checkpoint."
         )
     quant = (stored and dataclasses.replace(stored, embedding=bool(quant and quant.embedding))) or quant
+    if quant is not None:
+        quant = dataclasses.replace(quant, never=getattr(table_of(config), "NEVER_QUANTISED", ()))
     if quant is not None and quant.kind == "nf4":
         for row in base.rows:
             if quant.takes(row.path):
@@ -121,9 +134,17 @@ def describe(model_id: str, directory: Path, hf_config: dict[str, Any], *, dtype
     """The layout of a parsed config.json, wherever its weights are."""
     model = build(hf_config, dtype=jnp.dtype(dtype), remat=remat)
     ids = jnp.zeros((1, 2), jnp.int32)
-    abstract = abstract_params(model, ids, ids, ids)
+    source = {"source_tokens": ids, "source_segments": ids} if is_encoder_decoder(hf_config) else {}
+    abstract = abstract_params(model, ids, ids, ids, **source)
     rows = rows_of(hf_config, abstract)
     return Base(model_id, directory, hf_config, model, abstract, rows, sites_of(rows, tied=model.config.tied))
+
+
+def settled(hf_config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A config.json with what the names of the checkpoint's tensors say about it, in families where they do."""
+    if not is_encoder_decoder(hf_config) or not any(directory.glob("*.safetensors")):
+        return hf_config
+    return table_of(hf_config).settled(hf_config, stored_tensors(directory).keys())
 
 
 def load_base(base: Base, mesh: Mesh, dtype: Callable[[str], Any], trained: Collection[str] = ()) -> Tree:

@@ -59,6 +59,7 @@ def card(
     *,
     over: Mapping[str, Any] | None = None,
     onto: str | None = None,
+    seq2seq: bool = False,
 ) -> str:
     """README.md of an export.
 
@@ -66,6 +67,7 @@ def card(
       kind: adapter | merged | model (what `full` and `partial` train).  base: the base's name.  method: e.g. lora.
       repo_id: where it will be, if that is known.  over: the base as `handover.trained_over` has it; None: as the
         run's config.  onto: of a merge over a quantised base, dequantised | original.
+      seq2seq: the base has an encoder.
     """
     run = run or Run()
     over = (run.config or {}).get("model", {}) if over is None else over
@@ -79,12 +81,12 @@ def card(
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(seq2seq),
         tags=[*([f"base_model:adapter:{base}"] if kind == "adapter" and on_hub else []), method, "jaxtune"],
         language=list(language) if isinstance(language, (list, tuple)) else language,
         datasets=_hub_datasets(run) or None,
         model_name=f"{short}-{method}",
-        eval_results=_results(run) or None,
+        eval_results=_results(run, _task(seq2seq)) or None,
     )
     what = {
         "adapter": f"An adapter ({method}) for",
@@ -95,7 +97,7 @@ def card(
     if over.get("quant"):
         merged = MERGED_ONTO.get(onto, "") if kind == "merged" and onto else ""
         parts += [f"It was trained over that base {quantised}.{merged}"]
-    parts += [_loading(kind, base if on_hub else "BASE_MODEL", repo_id, over)]
+    parts += [_loading(kind, base if on_hub else "BASE_MODEL", repo_id, over, handover.auto_class(seq2seq))]
     scores = {name: run.scores[key] for key, (_, name) in METRICS.items() if key in run.scores}
     if scores:
         lines = "\n".join(f"| {name} | {value:.6g} |" for name, value in scores.items())
@@ -125,7 +127,11 @@ def _hub_datasets(run: Run) -> list[str]:
     return list(dict.fromkeys(name for name in names if name and is_hub_id(name)))
 
 
-def _results(run: Run) -> list[EvalResult]:
+def _task(seq2seq: bool) -> str:
+    return "text2text-generation" if seq2seq else "text-generation"
+
+
+def _results(run: Run, task: str) -> list[EvalResult]:
     """model-index: the scores of eval.json over the rows that they were computed on."""
     data = (run.config or {}).get("data", {})
     source = data.get("eval") or data.get("train")
@@ -137,13 +143,13 @@ def _results(run: Run) -> list[EvalResult]:
     else:
         about = {"dataset_type": KINDS.get(Path(source).suffix.lower(), "text"), "dataset_name": Path(source).name}
     return [
-        EvalResult("text-generation", metric_type=kind, metric_value=run.scores[key], metric_name=name, **about)
+        EvalResult(task, metric_type=kind, metric_value=run.scores[key], metric_name=name, **about)
         for key, (kind, name) in METRICS.items()
         if math.isfinite(run.scores.get(key, math.nan))
     ]
 
 
-def _loading(kind: str, base: str, repo_id: str | None, over: Mapping[str, Any]) -> str:
+def _loading(kind: str, base: str, repo_id: str | None, over: Mapping[str, Any], auto: str) -> str:
     known = repo_id if repo_id and "/" in repo_id else None
     where = known or "THIS_DIRECTORY_OR_HUB_ID"
     if kind != "adapter":
@@ -152,7 +158,7 @@ def _loading(kind: str, base: str, repo_id: str | None, over: Mapping[str, Any])
 ```python
 import transformers
 
-model = transformers.AutoModelForCausalLM.from_pretrained("{where}")
+model = transformers.{auto}.from_pretrained("{where}")
 ```
 
 ```python
@@ -167,7 +173,7 @@ lm = jaxtune.load("{where}")
 ```python
 import peft, transformers
 
-base = transformers.AutoModelForCausalLM.from_pretrained("{base}"{handover.in_transformers(over)})
+base = transformers.{auto}.from_pretrained("{base}"{handover.in_transformers(over)})
 model = peft.PeftModel.from_pretrained(base, "{where}")
 ```
 

@@ -106,11 +106,16 @@ def in_transformers(base: Mapping[str, Any], dtype: str = "bfloat16") -> str:
     return f", quantization_config=transformers.BitsAndBytesConfig({settings})"
 
 
-def how_to_load(where: Path, directory: Path, dtype: str, base: Mapping[str, Any]) -> str:
-    """What to type to use an adapter in transformers and peft.  directory: of the base."""
+def auto_class(seq2seq: bool) -> str:
+    """transformers' class that loads such models."""
+    return "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
+
+
+def how_to_load(where: Path, directory: Path, dtype: str, base: Mapping[str, Any], *, seq2seq: bool = False) -> str:
+    """What to type to use an adapter in transformers and peft.  directory: of the base.  seq2seq: it has an encoder."""
     return (
         f"The PEFT adapter is in {where}. To load it:\n"
-        f"  base = transformers.AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype={dtype!r}"
+        f"  base = transformers.{auto_class(seq2seq)}.from_pretrained({str(directory)!r}, dtype={dtype!r}"
         f"{in_transformers(base, dtype)})\n"
         f"  model = peft.PeftModel.from_pretrained(base, {str(where)!r})"
     )

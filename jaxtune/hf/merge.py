@@ -138,13 +138,13 @@ def is_untied(layout: Layout, adapters: dict[str, Any]) -> bool:
     return layout.tied and ("lm_head/table" in adapters or (table is not None and not getattr(table, "ties", False)))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _merge(adapters: tuple[Any, ...], w: Any, layer: Any, *, dtype: Any) -> Any:
-    """One layer of a weight with stacked adapters, or a weight that has no layers."""
+@functools.partial(jax.jit, static_argnames=("dtype", "factor"))
+def _merge(adapters: tuple[Any, ...], w: Any, layer: Any, *, dtype: Any, factor: float = 1.0) -> Any:
+    """One layer of a weight with stacked adapters, or a weight that has no layers; times `factor`."""
     w = w.astype(jnp.float32)
     for adapter in adapters:
         w = (adapter if layer is None else layer_of(adapter, layer)).merged(w)
-    return w.astype(dtype)
+    return (w if factor == 1 else w * factor).astype(dtype)
 
 
 ONTO = ("dequantised", "original")
@@ -209,8 +209,17 @@ def save_merged(
     layout, params = base.layout, tree.flatten(variables["params"], is_leaf=lambda x: isinstance(x, Quantised))
     adapters = from_variables(variables) if "adapters" in variables else {}
     check_mergeable(adapters, peft_type)
-    dtype, rows, untied = jnp.dtype(dtype), list(base.rows), is_untied(layout, adapters)
+    dtype, rows, head_factor = jnp.dtype(dtype), list(base.rows), 1.0
+    untied, changes = is_untied(layout, adapters), base.as_written
     table = adapters.get("embed/table")
+    if base.encodes:
+        # Transformers 4 knows a T5 that is tied and scales the decoder's output, and one that does neither.
+        scaled = base.model.config.scaled
+        untied |= layout.tied and not scaled
+        head_factor = layout.width**-0.5 if scaled and (untied or not layout.tied) else 1.0
+        changes = dict.fromkeys(changes, layout.tied and not untied)
+    elif untied:
+        changes = {"tie_word_embeddings": False}
     if untied:
         head = layout.site("lm_head/table")
         rows.append(Row(head.path, ("lm_head.weight",), False, False, head.shape, head.axes))
@@ -224,11 +233,12 @@ def save_merged(
             w = original(source, layer)
         elif row.stacked:
             w = jax.tree.map(lambda x: x[layer], w)
-        return np.asarray(_merge(tuple(over), w, jnp.int32(layer) if row.stacked else None, dtype=dtype))
+        factor = head_factor if row.path == "lm_head/table" else 1.0
+        return np.asarray(_merge(tuple(over), w, jnp.int32(layer) if row.stacked else None, dtype=dtype, factor=factor))
 
     with jax.default_matmul_precision("highest"):  # TPUs and GPUs multiply float32 in fewer bits otherwise
         found = check_merge(layout, variables, logits, dtype)
         write_checkpoint(
-            directory, rows, value, base.directory, dtype=dtype, shard_bytes=shard_bytes, untied=untied, readme=readme
+            directory, rows, value, base.directory, dtype=dtype, shard_bytes=shard_bytes, changes=changes, readme=readme
         )
     return found

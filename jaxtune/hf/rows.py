@@ -48,17 +48,22 @@ def rows_of(hf_config: dict[str, Any], abstract: Tree) -> list[Row]:
 
 def sites_of(rows: list[Row], *, tied: bool) -> list[Site]:
     """Where an adapter can be put: one site a parameter, named by its modules; a tied head is a site of its own."""
-    sites = [
-        Site(row.path, tuple(n.removesuffix(".weight") for n in row.names), row.shape, row.axes, kind_of(row.path))
-        for row in rows
-    ]
+    sites = []
+    for row in rows:
+        modules = tuple(n.removesuffix(".weight") for n in row.names)
+        sites.append(Site(row.path, modules, row.shape, row.axes, kind_of(row.path, modules[0])))
     if tied:
         table = next(s for s in sites if s.path == "embed/table")
         sites.append(table._replace(path="lm_head/table", modules=("lm_head",), kind="head"))
     return sites
 
 
-def kind_of(path: str) -> str:
+def kind_of(path: str, name: str) -> str:
+    """What a parameter is, by its path and its module's name."""
     if path.endswith("/kernel"):
         return "linear"
-    return {"embed/table": "embedding", "lm_head/table": "head"}.get(path, "norm")
+    if path.endswith("relative_bias/table"):
+        return "bias"
+    if path == "embed/table":
+        return "shared" if name == "shared" else "embedding"
+    return "head" if path == "lm_head/table" else "norm"

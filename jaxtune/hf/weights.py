@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +31,14 @@ NUMPY = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64
 DTYPES = tuple(NUMPY)
 PACKED = ("U8", "I8")  # of weights that bitsandbytes has quantised
 
-# Tensors that some checkpoints carry and no model needs: recomputed from the config.
-BUFFERS = (".rotary_emb.inv_freq",)
+# Tensors that some checkpoints carry and no model needs: recomputed from the config; T5's embedding once more, by the
+# names of both who read it; a bias that T5's first checkpoints have and its attention to the encoder never had.
+NEEDLESS = (
+    ".rotary_emb.inv_freq",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    ".EncDecAttention.relative_attention_bias.weight",
+)
 
 
 class Stored(NamedTuple):
@@ -55,7 +62,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
         file = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             known = canonical(name)
-            if known is None or known.endswith(BUFFERS):
+            if known is None or known.endswith(NEEDLESS):
                 continue
             if owner := bnb.owner_of(known):
                 beside.setdefault(owner[0], {})[owner[1]] = functools.partial(file.get_tensor, name)
@@ -169,14 +176,14 @@ def write_checkpoint(
     *,
     dtype: Any,
     shard_bytes: int = 4 * 10**9,
-    untied: bool = False,
+    changes: Mapping[str, Any] = MappingProxyType({}),
     readme: str | None = None,
 ) -> None:
     """Writes a Hugging Face checkpoint: weights in shards, config and tokenizer files copied from `source`, and the
     tensors that are of no text model (a vision tower) as they are there.  The host holds one tensor at a time.
 
     Args:
-      value: of a row and a layer, turned as parameters are.  untied: the head has a row of its own now.
+      value: of a row and a layer, turned as parameters are.  changes: what config.json says other than `source`'s.
 
     Raises:
       UserError: a value that is not finite in `dtype`: such a checkpoint is never written.
@@ -206,8 +213,7 @@ def write_checkpoint(
         for part in filter(None, (config, config.get("text_config"))):
             part["dtype" if "dtype" in part else "torch_dtype"] = np.dtype(dtype).name
             part.pop("quantization_config", None)  # no longer, if it ever was
-            if untied:
-                part["tie_word_embeddings"] = False
+            part.update(changes)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if readme is not None:
             (new / "README.md").write_text(readme)

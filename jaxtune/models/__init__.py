@@ -7,9 +7,9 @@ model types it reads), `rows(hf_config)` (one row a weight) and `config_from_hf(
 from typing import Any
 
 from jaxtune.errors import UserError, did_you_mean
-from jaxtune.models import gemma_hf
+from jaxtune.models import gemma_hf, llama_hf, t5_hf
 
-TABLES = {model_type: table for table in (gemma_hf,) for model_type in table.FAMILIES}
+TABLES = {model_type: table for table in (gemma_hf, llama_hf, t5_hf) for model_type in table.FAMILIES}
 
 # What multimodal checkpoints hold besides the text tower (transformers < 4.52, and since).
 OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -35,21 +35,31 @@ def table_of(hf_config: dict[str, Any]) -> Any:
     """
     model_type = hf_config.get("model_type")
     if model_type not in TABLES:
+        reason = llama_hf.NOT_HERE.get(str(model_type))
         raise UserError(
             f"config.json says model_type={model_type!r}. jaxtune has: {', '.join(TABLES)}."
-            + did_you_mean(str(model_type), TABLES)
+            + (f" {model_type} is none of them: {reason}." if reason else did_you_mean(str(model_type), TABLES))
         )
     return TABLES[model_type]
 
 
 def is_encoder_decoder(hf_config: dict[str, Any]) -> bool:
     """Whether prompts go to an encoder and answers come from a decoder of its own."""
-    return hf_config.get("model_type") == "t5"
+    return hf_config.get("model_type") in t5_hf.FAMILIES
+
+
+def decoder_start(hf_config: dict[str, Any]) -> int | None:
+    """What the decoder of an encoder-decoder reads first; None for a decoder alone."""
+    return (hf_config.get("decoder_start_token_id") or 0) if is_encoder_decoder(hf_config) else None
 
 
 def build(hf_config: dict[str, Any], *, dtype: Any, remat: bool = False) -> Any:
     """The Flax module of a parsed config.json, its activations in `dtype`."""
     arguments = table_of(hf_config).config_from_hf(hf_config)
+    if is_encoder_decoder(hf_config):
+        from jaxtune.models import t5
+
+        return t5.T5(t5.T5Config(**arguments), dtype=dtype, remat=remat)
     from jaxtune.models import decoder
 
     arguments["ropes"] = tuple(decoder.Rope(*rope) for rope in arguments["ropes"])

@@ -9,7 +9,7 @@ Sources: transformers' `GemmaModel`, `Gemma2Model`, `Gemma3TextModel`, `LlamaMod
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxtune.attention import NO_WINDOW, Cache, Prefix, attend, prefix_visible, rotate, visible
+from jaxtune.attention import (
+    NO_WINDOW,
+    Cache,
+    Prefix,
+    attend,
+    heads_first,
+    prefix_visible,
+    rotate,
+    visible,
+    with_slots,
+)
 from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, with_prompt
 
 ACTIVATIONS = {
@@ -27,19 +37,36 @@ ACTIVATIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary base and linear scaling: angle = position / (factor * theta ** (2i/H))."""
+class Rope(NamedTuple):
+    """Rotary positions of a layer: angle = position * inverse_frequency.
+
+    llama3: (low_freq_factor, high_freq_factor, original_max_position_embeddings), where `factor` divides long waves
+    alone: those that do not fit low_freq_factor times into the text once trained on.  Waves that fit
+    high_freq_factor times stay, and between the two it goes over smoothly.
+    """
 
     theta: float
     factor: float = 1.0
+    llama3: tuple[float, float, float] | None = None
+
+    def inverse_frequency(self, head_dim: int) -> np.ndarray:
+        """Float32 [H/2]: 1 / (factor * theta ** (2i/H)); transformers' `_compute_llama3_parameters` with `llama3`."""
+        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequency = np.float32(1.0) / np.float32(self.theta) ** exponent
+        divided = frequency / np.float32(self.factor)
+        if self.llama3 is None:
+            return divided
+        low, high, length = self.llama3
+        fits = np.float32(length) * frequency / np.float32(2 * np.pi)
+        share = np.clip((fits - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+        return (1 - share) * divided + share * frequency
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes and switches of one model; built from config.json by a family's `config_from_hf`."""
 
-    family: str  # gemma | gemma2 | gemma3 | llama | …
+    family: str  # gemma | gemma2 | gemma3 | llama | mistral | qwen3
     vocab_size: int
     width: int
     hidden: int
@@ -65,12 +92,9 @@ class DecoderConfig:
 
     def layer_data(self) -> dict[str, np.ndarray]:
         """What differs between layers: `window` [L], `inverse_frequency` [L, H/2]."""
-        exponent = np.arange(0, self.head_dim, 2, dtype=np.float32) / self.head_dim
         return {
             "window": np.array([NO_WINDOW if w is None else w for w in self.windows], np.int32),
-            "inverse_frequency": np.stack(
-                [(1.0 / (np.float32(r.theta) ** exponent) / r.factor).astype(np.float32) for r in self.ropes]
-            ),
+            "inverse_frequency": np.stack([rope.inverse_frequency(self.head_dim) for rope in self.ropes]),
         }
 
 
@@ -88,12 +112,12 @@ class Attention(nn.Module):
             q, k = (RMSNorm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
         q = rotate(q, positions, layer["inverse_frequency"])
         k = rotate(k, positions, layer["inverse_frequency"])
+        k, v = new = heads_first(k), heads_first(v)
         slots = jnp.arange(T)
         key_segments = segments
         if cache is not None:
             slots = slots + cache["length"]
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), cache["length"], axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), cache["length"], axis=1)
+            k, v = with_slots(cache["kv"], new, cache["length"])
             key_segments = cache["segments"]
         mask = visible(slots, segments, key_segments, layer["window"])
         prefix = None
@@ -102,7 +126,7 @@ class Attention(nn.Module):
             prefix = Prefix(first_k, first_v, prefix_visible(positions, first_k.shape[0], layer["window"]))
         out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap, prefix=prefix)
         out = Linear(c.width, ("heads", "embed"), name="o")(out.reshape(B, T, c.heads * c.head_dim))
-        return out, (None if cache is None else (k, v))
+        return out, (None if cache is None else new)
 
 
 class MLP(nn.Module):
@@ -131,7 +155,7 @@ class Block(nn.Module):
         def post_norm(name, y):
             return norm(name, y) if c.post_norms else y
 
-        cache = None if shared_cache is None else {**shared_cache, "k": layer["k"], "v": layer["v"]}
+        cache = None if shared_cache is None else {**shared_cache, "kv": layer["kv"]}
         y, kv = Attention(c, name="attn")(norm("pre_attn_norm", x), positions, segments, layer, cache)
         x = x + post_norm("post_attn_norm", y)
         x = x + post_norm("post_mlp_norm", MLP(c, name="mlp")(norm("pre_mlp_norm", x)))
@@ -187,14 +211,13 @@ class Decoder(nn.Module):
         if cache is not None:
             all_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)
             shared = {"segments": all_segments, "length": cache.length}
-            layer |= {"k": cache.k, "v": cache.v}
+            layer["kv"] = cache.k, cache.v
         kv: Any
         x, kv = self.layers(x, layer, positions, segments, shared)
         if not self.config.tied:
             self.head()  # so that `init` makes its parameter
         if cache is not None and shared is not None:
-            (k, v), length = kv, cache.length + tokens.shape[1]
-            cache = Cache(k, v, shared["segments"], length)
+            cache = cache.grown(kv[0], kv[1], shared["segments"])
         return self.final_norm(x), cache
 
     def head(self) -> Any:

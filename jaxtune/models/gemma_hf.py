@@ -7,6 +7,8 @@ files leave out what equals them.
 from typing import Any
 
 from jaxtune.errors import UserError
+from jaxtune.models import llama_hf
+from jaxtune.models.values_hf import Rope, check_layer_types, check_sizes, read_rope
 
 FAMILIES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}
 
@@ -59,38 +61,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# One row a weight, read both ways: jaxtune path -> (Hugging Face name, how its dimensions map).  `{i}` is the layer.
-# "O I -> I O" is a matrix that transforms; "V D" and "D" are stored as they are.
-ROWS: dict[str, tuple[str, str]] = {
-    "embed/table": ("model.embed_tokens.weight", "V D"),
-    "layers/pre_attn_norm/scale": ("model.layers.{i}.input_layernorm.weight", "D"),
-    "layers/attn/q/kernel": ("model.layers.{i}.self_attn.q_proj.weight", "O I -> I O"),
-    "layers/attn/k/kernel": ("model.layers.{i}.self_attn.k_proj.weight", "O I -> I O"),
-    "layers/attn/v/kernel": ("model.layers.{i}.self_attn.v_proj.weight", "O I -> I O"),
-    "layers/attn/o/kernel": ("model.layers.{i}.self_attn.o_proj.weight", "O I -> I O"),
-    "layers/attn/q_norm/scale": ("model.layers.{i}.self_attn.q_norm.weight", "H"),
-    "layers/attn/k_norm/scale": ("model.layers.{i}.self_attn.k_norm.weight", "H"),
+# Gemma 1 has the rows of Llama.  Gemma 2 and 3 have a norm after attention too, and one on each side of the MLP.
+FOUR_NORMS: dict[str, tuple[str, str]] = {
     "layers/post_attn_norm/scale": ("model.layers.{i}.post_attention_layernorm.weight", "D"),
     "layers/pre_mlp_norm/scale": ("model.layers.{i}.pre_feedforward_layernorm.weight", "D"),
-    "layers/mlp/gate/kernel": ("model.layers.{i}.mlp.gate_proj.weight", "O I -> I O"),
-    "layers/mlp/up/kernel": ("model.layers.{i}.mlp.up_proj.weight", "O I -> I O"),
-    "layers/mlp/down/kernel": ("model.layers.{i}.mlp.down_proj.weight", "O I -> I O"),
     "layers/post_mlp_norm/scale": ("model.layers.{i}.post_feedforward_layernorm.weight", "D"),
-    "final_norm/scale": ("model.norm.weight", "D"),
-    "lm_head/table": ("lm_head.weight", "V D"),
 }
-
-# Gemma 1 has no norm after attention: what it calls post_attention_layernorm stands before the MLP.
-GEMMA1_ROWS = {"layers/pre_mlp_norm/scale": ("model.layers.{i}.post_attention_layernorm.weight", "D")}
 
 
 def rows(hf_config: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """The table of one model."""
-    return ROWS | GEMMA1_ROWS if hf_config["model_type"] == "gemma" else ROWS
+    return llama_hf.ROWS if hf_config["model_type"] == "gemma" else llama_hf.ROWS | FOUR_NORMS
 
 
-def _ropes(family: str, hf: dict[str, Any], layer_types: list[str]) -> list[tuple[float, float]]:
-    """(theta, factor) per layer, from either the old keys or transformers 5's `rope_parameters`."""
+def _ropes(family: str, hf: dict[str, Any], layer_types: list[str]) -> list[Rope]:
+    """One per layer, from either the old keys or transformers 5's `rope_parameters`."""
     new, scaling = hf["rope_parameters"] or {}, hf["rope_scaling"]
     if family == "gemma3":
         by_type = {
@@ -102,20 +87,12 @@ def _ropes(family: str, hf: dict[str, Any], layer_types: list[str]) -> list[tupl
     else:
         both = {"rope_theta": hf["rope_theta"] or 10_000.0, **(scaling or {}), **new}
         by_type = {"full_attention": both, "sliding_attention": both}
-    for kind, values in by_type.items():
-        rope_type = values.get("rope_type", values.get("type", "default"))
-        if rope_type not in ("default", "linear"):
-            raise UserError(
-                f"config.json asks for rope type {rope_type!r} in its {kind} layers. "
-                f"{family} supports: default, linear."
-            )
-        if rope_type == "default":
-            values["factor"] = 1.0
-    return [(float(by_type[t]["rope_theta"]), float(by_type[t]["factor"])) for t in layer_types]
+    ropes = {t: read_rope(v, family, ("default", "linear"), f" in its {t} layers") for t, v in by_type.items()}
+    return [ropes[t] for t in layer_types]
 
 
 def config_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `DecoderConfig` (ropes as pairs), from a parsed config.json.
+    """The arguments of `DecoderConfig` (ropes as tuples), from a parsed config.json.
 
     Raises:
       UserError: naming the key that makes this a model that we would compute wrongly.
@@ -124,20 +101,14 @@ def config_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     # A multimodal checkpoint nests the text model; what stands outside it (tied or not) holds for it too.
     text = {**{k: v for k, v in config.items() if k == "tie_word_embeddings"}, **(config.get("text_config") or config)}
     hf = {**COMMON, **DEFAULTS[family], **{k: v for k, v in text.items() if v is not None}}
-    for key, default in DEFAULTS[family].items():
+    for key in DEFAULTS[family]:
         # null is a value where the class's default is not None: Gemma 2 without soft-cap.
         if key in text and text[key] is None and key.endswith("softcapping"):
             hf[key] = None
-        elif isinstance(default, int) and not (isinstance(hf[key], int) and hf[key] > 0):
-            raise UserError(f"config.json says {key}={hf[key]!r}. It must be a positive integer.")
+    check_sizes(hf, [key for key, default in DEFAULTS[family].items() if isinstance(default, int)])
     for key in ("attention_bias", "use_bidirectional_attention"):
         if hf[key]:
             raise UserError(f"config.json says {key}={hf[key]!r}, which jaxtune's {family} does not have.")
-    if hf["num_attention_heads"] % hf["num_key_value_heads"]:
-        raise UserError(
-            f"config.json says num_attention_heads={hf['num_attention_heads']} and "
-            f"num_key_value_heads={hf['num_key_value_heads']}. The first must be a multiple of the second."
-        )
 
     layers = hf["num_hidden_layers"]
     if family == "gemma":
@@ -153,11 +124,7 @@ def config_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         activation = hf.get("hidden_activation", "gelu_pytorch_tanh")
     if activation not in ("gelu_pytorch_tanh", "gelu"):
         raise UserError(f"config.json says the activation is {activation!r}. It can be: gelu_pytorch_tanh, gelu.")
-    if len(layer_types) != layers or set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"config.json lists {len(layer_types)} layer_types {sorted(set(layer_types))} for {layers} layers. "
-            "Each layer is full_attention or sliding_attention."
-        )
+    check_layer_types(layer_types, layers)
     return {
         "family": family,
         "vocab_size": hf["vocab_size"],

@@ -43,6 +43,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# PEFT's TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING: with T5 it means all linear layers, of which v1.1's have
+# other names.
+TARGETS = QUERY_VALUE | {"t5": ("q", "k", "v", "o", "wi", "wo"), "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """PEFT's keys and defaults; total_step None: the steps of the run.
@@ -132,7 +137,7 @@ def plan(layout: Layout, config: Config) -> dict[str, tuple[bool, ...]]:
     Raises:
       UserError: as `method.select`.
     """
-    return select(layout, config, QUERY_VALUE)
+    return select(layout, config, TARGETS)
 
 
 def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[str, AdaLora]:

@@ -36,8 +36,10 @@ PEFT_TYPE = "IA3"
 NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
 
 # PEFT's TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING and …_FEEDFORWARD_MODULES_MAPPING.
-TARGETS = {"": ("q_proj", "v_proj", "down_proj"), "llama": ("k_proj", "v_proj", "down_proj"), "t5": ("k", "v", "wo")}
-FEEDFORWARD = {"": ("down_proj",), "t5": ("wo",)}
+_KEYS = ("k_proj", "v_proj", "down_proj")
+TARGETS = {"": ("q_proj", "v_proj", "down_proj"), "llama": _KEYS, "mistral": _KEYS, "t5": ("k", "v", "wo")}
+TARGETS |= {"mt5": ("k", "v", "wi_1")}
+FEEDFORWARD = {"": ("down_proj",), "t5": ("wo",), "mt5": ()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,11 +95,12 @@ def read_config(cls: Any, values: Mapping[str, Any], neutral: Mapping[str, tuple
     Raises:
       UserError: a key that is unknown, or known and used but not supported: refused by name, never ignored.
     """
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f.default for f in dataclasses.fields(cls)}
     taken = {}
     for key, value in values.items():
         if key in fields:
-            taken[key] = value
+            # JSON has 0 for 0.0.
+            taken[key] = float(value) if isinstance(fields[key], float) and type(value) is int else value
         elif key in BOOKKEEPING:
             continue
         elif key not in neutral:

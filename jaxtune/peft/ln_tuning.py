@@ -23,7 +23,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {}
 # PEFT's TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING.
 _TWO = ("input_layernorm", "post_attention_layernorm", "norm")
 _FOUR = (*_TWO, "pre_feedforward_layernorm", "post_feedforward_layernorm")
-TARGETS = {"": _TWO, "gemma2": _FOUR, "gemma3": _FOUR, "t5": ("layer_norm", "final_layer_norm")}
+TARGETS = {
+    "": _TWO,
+    "gemma2": _FOUR,
+    "gemma3": _FOUR,
+    "qwen3": ("post_attention_layernorm",),
+    "t5": ("layer_norm", "final_layer_norm"),
+    "mt5": ("layer_norm", "final_layer_norm"),
+}
 
 SUFFIX = "ln_tuning_layers.weight"
 

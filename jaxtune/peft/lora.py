@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import UserError
-from jaxtune.layers import matmul, take_rows
+from jaxtune.layers import dropout, matmul, take_rows
 from jaxtune.peft import lora_init, token_rows
 from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_number, check_targets
 from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, pattern_value, select, site_key, take
@@ -50,6 +50,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
+
+
+# MiCA starts B at singular vectors, over an unaltered base, and trains A alone; what comes out is plain LoRA.
+BEGUN = {("init_lora_weights", "mica"): True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +114,6 @@ class Config:
 
     def loftq_rounds(self) -> int:
         return int(self.loftq_config.get("loftq_iter", 1))
-
-
-def dropout(x: Any, rate: float, rng: Any) -> Any:
-    """Inverted dropout on the input of A; `rng` None turns it off."""
-    if not rate or rng is None:
-        return x
-    keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 @struct.dataclass

@@ -37,10 +37,11 @@ Prompts and prefixes belong to no weight; they lie at the paths `prompt` and `pr
 
 Such a method also has, where they apply,
 
-  virtual(config)        the `data.virtual.Virtual` tokens that the data puts before each row
+  virtual(layout, config)  the `data.virtual.Virtual` tokens that the data puts before each row
   lost(layout, config)   {path: rank} of the kernels of which `init` needs what quantisation lost (`Start.lost`)
   continues_as(config)   (method's name, config) that a PEFT file trains on as, where it holds less than was trained
   OWN_NAMES, PREFIX      its tensors that belong to no module; what PEFT puts before those that do
+  BEGUN                  {(key, what a file says): value to read}: how training began, where what came out is the same
   OUR_KEYS               keys of Config that PEFT does not have; they go into jaxtune.json, beside PEFT's files
 """
 
@@ -71,7 +72,9 @@ class Site(NamedTuple):
     modules: tuple[str, ...]
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    kind: str  # linear | embedding | head | norm
+    # linear | embedding | head | norm; bias: a table of relative positions; shared: an embedding that has further
+    # modules of both stacks over it.
+    kind: str
 
     @property
     def stacked(self) -> bool:
@@ -82,7 +85,8 @@ class Layout(NamedTuple):
     """What a method may know of a model.
 
     family: gemma | gemma2 | gemma3 | …, for PEFT's defaults.  embed_scale: what rows of the embedding are multiplied
-    with.  tied: the output head is the embedding.  The sizes are those of the text decoder.
+    with.  tied: the output head is the embedding.  The sizes are those of the text decoder; encoder_layers: 0 where no
+    encoder stands before it.
     """
 
     family: str
@@ -99,6 +103,7 @@ class Layout(NamedTuple):
     text_prefix: str = ""
     # nf4 | int8 | None: what linear layers are quantised to.
     quant: str | None = None
+    encoder_layers: int = 0
 
     def peft_module(self, module: str) -> str:
         """A site's module path as PEFT has it over the checkpoint."""
@@ -143,9 +148,9 @@ def is_trainable(path: str) -> bool:
     return not path.endswith("/fixed")
 
 
-def virtual_of(method: Any, config: Any) -> Virtual:
+def virtual_of(method: Any, layout: Layout, config: Any) -> Virtual:
     """The virtual tokens that a method has before every text; most have none."""
-    return method.virtual(config) if hasattr(method, "virtual") else NONE
+    return method.virtual(layout, config) if hasattr(method, "virtual") else NONE
 
 
 def box(value: Any, *axes: str | None) -> Any:
@@ -220,7 +225,7 @@ def take(tensors: MutableMapping[str, np.ndarray], name: str, shape: Sequence[in
 
 # PEFT's default targets of most methods, by family where it is not q_proj and v_proj
 # (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
-QUERY_VALUE = {"": ("q_proj", "v_proj"), "t5": ("q", "v")}
+QUERY_VALUE = {"": ("q_proj", "v_proj"), "t5": ("q", "v"), "mt5": ("q", "v")}
 
 # PEFT's `target_modules` of an adapter that has only `modules_to_save` (DUMMY_TARGET_MODULES).
 NO_TARGETS = "dummy-target-modules"
@@ -252,7 +257,9 @@ def select(
             return False
         if is_saved(config.modules_to_save, module):
             return False
-        if layers and layer_index(module, config.layers_pattern) not in layers:
+        # In PEFT a module named in full is adapted whatever its layer.
+        named = not isinstance(targets, str) and module in targets
+        if layers and not named and layer_index(module, config.layers_pattern) not in layers:
             return False
         return site.kind == "linear" if all_linear else names_match(targets, module)
 
@@ -260,17 +267,45 @@ def select(
     found = {path: layers for path, layers in chosen.items() if any(layers)}
     require_match(list(found), "target_modules", targets, layout.sites)
     for site in layout.sites:
+        if site.path in found:
+            check_reached(site, "target_modules")
         if site.path in found and site.kind not in kinds:
             raise UserError(
                 f"target_modules {targets!r} matches {site.modules[0]}, of kind {site.kind}. This method adapts: "
                 f"{', '.join(kinds)}. Name that module in `modules_to_save` to train it whole."
             )
-    if not isinstance(targets, str):
+    if config.target_modules is not None and not isinstance(targets, str):
         # PEFT lets a name in a list match nothing as long as another does; a misspelt name would go unnoticed.
         modules = [module for site in layout.sites for module in site.modules]
         for name in targets:
             require_match([m for m in modules if names_match([name], m)], "target_modules", [name], layout.sites)
     return found
+
+
+def without_idle_targets(layout: Layout, config: Any) -> Any:
+    """A file's config without those of its `target_modules` that match nothing here: peft lets them stand next to
+    others, published files have them, and what a file holds is checked tensor by tensor anyway."""
+    named = getattr(config, "target_modules", None)
+    if named is None or isinstance(named, str):
+        return config
+    modules = [module for site in layout.sites for module in site.modules]
+    known = [name for name in named if any(names_match([name], module) for module in modules)]
+    return dataclasses.replace(config, target_modules=known) if known and len(known) < len(named) else config
+
+
+def check_reached(site: Site, key: str) -> None:
+    """Refuses a module over which an adapter of PEFT's would do nothing.
+
+    Raises:
+      UserError: naming what there is instead.
+    """
+    if site.kind == "shared":
+        raise UserError(
+            f"`{key}` means {site.modules[0]}. PEFT adapts that module alone, through which no token goes: encoder and "
+            "decoder have embeddings of their own that share its weight, and what was trained would do nothing. "
+            "Train some of its rows with trainable_token_indices, or all with peft.method=partial and "
+            "export.format=checkpoint."
+        )
 
 
 def spellings(module: str) -> tuple[str, ...]:

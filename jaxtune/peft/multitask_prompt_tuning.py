@@ -62,12 +62,13 @@ class Config(prompt.PromptConfig):
 @struct.dataclass
 class Multitask:
     """embedding [P, D], cols [tasks, P, R] and ranks [tasks, R, D]: the prompt of task t is embedding * (cols[t] @
-    ranks[t])."""
+    ranks[t]).  decoder_tokens: as `prompt.Prompt`."""
 
     embedding: Any
     cols: Any
     ranks: Any
     scale: float = struct.field(pytree_node=False)
+    decoder_tokens: int = struct.field(pytree_node=False, default=0)
 
     def rows(self, rng=None):
         """The prompts of all tasks behind each other [tasks * P, D]."""
@@ -75,14 +76,14 @@ class Multitask:
         return (self.embedding[None] * own).reshape(-1, self.embedding.shape[-1])
 
     def folded(self):
-        return prompt.Prompt(self.rows(), self.scale)
+        return prompt.Prompt(self.rows(), self.scale, self.decoder_tokens)
 
     def to_peft(self) -> dict[str, np.ndarray]:
         return {prompt.NAME: np.asarray(self.embedding), COLS: np.asarray(self.cols), ROWS: np.asarray(self.ranks)}
 
 
-def virtual(config: Config) -> Virtual:
-    return Virtual(config.num_virtual_tokens, config.num_tasks)
+def virtual(layout: Layout, config: Config) -> Virtual:
+    return Virtual(config.num_virtual_tokens, config.num_tasks, decoder=bool(layout.encoder_layers))
 
 
 def plan(layout: Layout, config: Config) -> dict[str, int]:
@@ -100,7 +101,7 @@ def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[s
     """{"prompt": adapter}, fresh: the embedding as prompt tuning's, the tasks' factors N(0, 0.02²); or of a source."""
     prompt.plan(layout, config)
     keys = jax.random.split(key, 3)
-    tasks, count, rank = config.num_tasks, config.num_virtual_tokens, config.num_ranks
+    tasks, count, rank = config.num_tasks, prompt.count_of(layout, config), config.num_ranks
     values = {
         COLS: jax.random.normal(keys[1], (tasks, count, rank)) * 0.02,
         ROWS: jax.random.normal(keys[2], (tasks, rank, layout.width)) * 0.02,
@@ -125,7 +126,7 @@ def _source(layout: Layout, config: Config) -> dict[str, Any]:
         stored = load_file(path)
     except SafetensorError as error:
         raise UserError(f"`peft.{key}` {path} is no safetensors file ({error}). Pickles are never read.") from None
-    count, rank = config.num_virtual_tokens, config.num_ranks
+    count, rank = prompt.count_of(layout, config), config.num_ranks
     tasks = len(stored.get(COLS, ()))
     shapes = {prompt.NAME: (count, layout.width), COLS: (tasks, count, rank), ROWS: (tasks, rank, layout.width)}
     try:
@@ -147,6 +148,7 @@ def _boxed(layout: Layout, config: Config, values: Mapping[str, Any]) -> Multita
         box(values[COLS], None, None, "rank"),
         box(values[ROWS], None, "rank", "embed"),
         prompt.scale_of(layout, config),
+        config.num_virtual_tokens if layout.encoder_layers else 0,
     )
 
 
@@ -157,7 +159,7 @@ def from_peft(layout: Layout, config: Config, tensors: MutableMapping[str, np.nd
       KeyError: a tensor is missing.  UserError: of another shape, or the sizes are another model's.
     """
     prompt.plan(layout, config)
-    tasks, count, rank = config.num_tasks, config.num_virtual_tokens, config.num_ranks
+    tasks, count, rank = config.num_tasks, prompt.count_of(layout, config), config.num_ranks
     shapes = {prompt.NAME: (count, layout.width), COLS: (tasks, count, rank), ROWS: (tasks, rank, layout.width)}
     return {"prompt": _boxed(layout, config, {name: take(tensors, name, shape) for name, shape in shapes.items()})}
 

@@ -38,7 +38,12 @@ from jaxtune.peft.method import (
 
 PEFT_TYPE = "OFT"
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,)}
+# The patterns are of peft before 0.15, whose files may still say that they have none.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "alpha_pattern": ({}, None),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({}, None),
+}
 
 SUFFIX = "oft_R.weight"
 

@@ -124,7 +124,7 @@ def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[s
     plan(layout, config)
     width, hidden = layout.width, config.encoder_hidden_size or layout.width
     keys = iter(jax.random.split(key, 8 + 4 * config.encoder_num_layers))
-    embedding = box(jax.random.normal(next(keys), (config.num_virtual_tokens, width)), None, "embed")
+    embedding = box(jax.random.normal(next(keys), (prompt.count_of(layout, config), width)), None, "embed")
     lstm, sizes = (), (width, hidden, hidden, width)
     if config.encoder_reparameterization_type == "LSTM":
         inputs = [width] + [2 * hidden] * (config.encoder_num_layers - 1)

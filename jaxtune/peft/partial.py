@@ -15,7 +15,7 @@ import optax
 
 from jaxtune.errors import UserError
 from jaxtune.peft.keys import check_targets
-from jaxtune.peft.method import Layout, Site, names_match, require_match
+from jaxtune.peft.method import Layout, Site, check_reached, names_match, require_match
 from jaxtune.peft.saved import Saved
 
 
@@ -103,6 +103,7 @@ def as_adapters(layout: Layout, layers: Mapping[str, tuple[bool, ...]], params: 
     for path, which in layers.items():
         if not all(which):
             raise UserError(f"Only some layers of {path} train. Set `export.format` to checkpoint.")
+        check_reached(layout.site(path), "export.format=adapter")
         adapters[path] = Saved(params[path])
     if layout.tied and "embed/table" in adapters:
         adapters["lm_head/table"] = adapters["embed/table"]

@@ -3,6 +3,9 @@
 Li and Liang 2021 (arXiv 2101.00190); equals peft's `PrefixEncoder`.  The keys are used as they are, neither normalised
 nor rotated; the text's own tokens have the positions after them.  With `prefix_projection` a small network makes them,
 which stays in the run's checkpoints; a PEFT file has only what came out of it, and trains on without one.
+
+Behind an encoder it stands before the decoder's own tokens, and PEFT deals the rows out in an order of its own
+(`order_of`).
 """
 
 import dataclasses
@@ -43,16 +46,18 @@ class Config(prompt.Sizes):
 
 @struct.dataclass
 class Prefix:
-    """value [P, 2 L K H]: each layer's key, then its value, layer by layer; kv_heads: K, head_dim: H."""
+    """value [P, 2 L K H]: each layer's key, then its value, layer by layer; kv_heads: K, head_dim: H.  order: which of
+    the L pairs each layer of a decoder behind an encoder has; None: its own."""
 
     value: Any
     kv_heads: int = struct.field(pytree_node=False)
     head_dim: int = struct.field(pytree_node=False)
+    order: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     def kv(self):
         both = self.value.reshape(self.value.shape[0], -1, 2, self.kv_heads, self.head_dim)
         k, v = jnp.moveaxis(both, (1, 2), (1, 0))
-        return k, v
+        return (k, v) if self.order is None else (k[np.array(self.order)], v[np.array(self.order)])
 
     def to_peft(self) -> dict[str, np.ndarray]:
         return {prompt.NAME: np.asarray(self.value)}
@@ -67,9 +72,10 @@ class Projected:
     last: Affine
     kv_heads: int = struct.field(pytree_node=False)
     head_dim: int = struct.field(pytree_node=False)
+    order: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     def folded(self):
-        return Prefix(self.last(jnp.tanh(self.first(self.embedding))), self.kv_heads, self.head_dim)
+        return Prefix(self.last(jnp.tanh(self.first(self.embedding))), self.kv_heads, self.head_dim, self.order)
 
     def kv(self):
         return self.folded().kv()
@@ -78,19 +84,42 @@ class Projected:
         return self.folded().to_peft()
 
 
-def sizes_of(layout: Layout) -> dict[str, int]:
-    """As peft rewrites them for grouped queries: a token's width and heads are those of its keys."""
+def sizes_of(layout: Layout, config: Config) -> dict[str, int]:
+    """As peft rewrites them for grouped queries: a token's width and heads are those of its keys.
+
+    For encoder-decoders it does not rewrite them, and fails where heads * d_kv is not the width, or where the decoder
+    is deeper than the encoder, whose layers it counts; with the right ones in adapter_config.json it does not.
+    """
     own = {"token_dim": layout.kv_heads * layout.head_dim, "num_attention_heads": layout.kv_heads}
-    return prompt.sizes_of(layout) | own
+    # More layers than the decoder has do no harm: peft's own number, where the encoder is deeper.
+    stored = config.num_layers if isinstance(config.num_layers, int) and layout.encoder_layers else 0
+    return prompt.sizes_of(layout) | own | {"num_layers": max(layout.layers, stored)}
+
+
+def order_of(layout: Layout, config: Config) -> tuple[int, ...] | None:
+    """Behind an encoder PEFT lays the keys and values of its L layers out twice and deals four of them to each decoder
+    layer, whose attention to the encoder does not use its two.  So layer l has the pair 2 l mod L; where L is even,
+    half of the pairs are read by two layers and the others by none."""
+    pairs = sizes_of(layout, config)["num_layers"]
+    return tuple(2 * layer % pairs for layer in range(layout.layers)) if layout.encoder_layers else None
+
+
+def size_of(layout: Layout, config: Config) -> int:
+    """Numbers of one virtual token: keys and values of all layers."""
+    sizes = sizes_of(layout, config)
+    return 2 * sizes["num_layers"] * sizes["token_dim"]
 
 
 def plan(layout: Layout, config: Config) -> dict[str, int]:
     """{"prefix": how many virtual tokens}.
 
     Raises:
-      UserError: the sizes are another model's.
+      UserError: the sizes are another model's, or PEFT's own for an encoder-decoder where they do not fit its decoder.
     """
-    prompt.check_sizes(config, sizes_of(layout))
+    # A config that was written before peft saw the model has the sizes of its queries.
+    unwritten = (config.token_dim, config.num_attention_heads) == (layout.width, layout.heads)
+    usual = unwritten and not layout.encoder_layers
+    prompt.check_sizes(config, prompt.sizes_of(layout) if usual else sizes_of(layout, config))
     return {"prefix": config.num_virtual_tokens}
 
 
@@ -103,7 +132,7 @@ def init(key: jax.Array, layout: Layout, config: Config, start: Start) -> dict[s
     """{"prefix": adapter}, fresh: N(0, 1) for the embedding, torch's `Linear` for the layers of the network."""
     plan(layout, config)
     width, zero = layout.kv_heads * layout.head_dim, config.init_weights == "zero"
-    heads, everything = (layout.kv_heads, layout.head_dim), 2 * layout.layers * width
+    heads, everything = (layout.kv_heads, layout.head_dim, order_of(layout, config)), size_of(layout, config)
     if not config.prefix_projection:
         value = jax.random.normal(key, (config.num_virtual_tokens, everything))
         return {"prefix": Prefix(box(jnp.zeros_like(value) if zero else value, None, "embed"), *heads)}
@@ -121,12 +150,11 @@ def from_peft(layout: Layout, config: Config, tensors: MutableMapping[str, np.nd
       KeyError: no `prompt_embeddings`.  UserError: of another shape, or the sizes are another model's.
     """
     plan(layout, config)
-    shape = config.num_virtual_tokens, 2 * layout.layers * layout.kv_heads * layout.head_dim
-    value = take(tensors, prompt.NAME, shape, "num_virtual_tokens")
-    return {"prefix": Prefix(box(value, None, "embed"), layout.kv_heads, layout.head_dim)}
+    value = take(tensors, prompt.NAME, (config.num_virtual_tokens, size_of(layout, config)), "num_virtual_tokens")
+    return {"prefix": Prefix(box(value, None, "embed"), layout.kv_heads, layout.head_dim, order_of(layout, config))}
 
 
 def to_config(layout: Layout, config: Config, adapters: Mapping[str, Any]) -> dict[str, Any]:
     """adapter_config.json's keys, with the sizes that PEFT fills in."""
-    sizes = sizes_of(layout)
+    sizes = sizes_of(layout, config)
     return vars(config) | sizes | {"encoder_hidden_size": config.encoder_hidden_size or sizes["token_dim"]}

@@ -61,10 +61,12 @@ class PromptConfig(Sizes):
 
 @struct.dataclass
 class Prompt:
-    """value [P, D] as PEFT stores it; the model multiplies it by `scale`."""
+    """value [P, D] as PEFT stores it; the model multiplies it by `scale`.  decoder_tokens: how many virtual tokens of a
+    task are the decoder's, behind an encoder."""
 
     value: Any
     scale: float = struct.field(pytree_node=False)
+    decoder_tokens: int = struct.field(pytree_node=False, default=0)
 
     def rows(self, rng=None):
         return self.value
@@ -77,10 +79,15 @@ def sizes_of(layout: Layout) -> dict[str, int]:
     """The model's sizes by PEFT's keys."""
     return {
         "token_dim": layout.width,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": submodules_of(layout),
         "num_attention_heads": layout.heads,
-        "num_layers": layout.layers,
+        "num_layers": layout.encoder_layers or layout.layers,
     }
+
+
+def submodules_of(layout: Layout) -> int:
+    """2 for an encoder-decoder: PEFT has rows for both, whether or not the decoder's are read."""
+    return 2 if layout.encoder_layers else 1
 
 
 def check_sizes(config: Sizes, sizes: Mapping[str, int]) -> None:
@@ -113,8 +120,14 @@ def plan(layout: Layout, config: Sizes) -> dict[str, int]:
     return {"prompt": config.num_virtual_tokens}
 
 
-def virtual(config: Sizes) -> Virtual:
+def virtual(layout: Layout, config: Sizes) -> Virtual:
     return Virtual(config.num_virtual_tokens)
+
+
+def count_of(layout: Layout, config: Sizes) -> int:
+    """Rows of `prompt_embeddings`.  Of an encoder-decoder's the first half stands before the encoder's tokens; the
+    other half is before the decoder's in multitask prompts, and read by nobody in others."""
+    return config.num_virtual_tokens * submodules_of(layout)
 
 
 def scale_of(layout: Layout, config: PromptConfig) -> float:
@@ -134,7 +147,7 @@ def draw(key: jax.Array, layout: Layout, config: Any, start: Start) -> jax.Array
     Raises:
       UserError: the text has no tokens.
     """
-    count, how = config.num_virtual_tokens, config.prompt_tuning_init
+    count, how = count_of(layout, config), config.prompt_tuning_init
     if how == "TEXT":
         assert start.encode is not None
         ids = np.asarray(start.encode(config.prompt_tuning_init_text), np.int32)
@@ -158,7 +171,7 @@ def from_peft(layout: Layout, config: PromptConfig, tensors: MutableMapping[str,
       KeyError: no `prompt_embeddings`.  UserError: of another shape, or the sizes are another model's.
     """
     plan(layout, config)
-    rows = take(tensors, NAME, (config.num_virtual_tokens, layout.width), "num_virtual_tokens")
+    rows = take(tensors, NAME, (count_of(layout, config), layout.width), "num_virtual_tokens")
     return {"prompt": boxed(layout, config, rows)}
 
 

@@ -13,7 +13,7 @@ from flax import struct
 
 from jaxtune.errors import UserError
 from jaxtune.layers import matmul
-from jaxtune.peft.method import Site, Start, is_saved, require_match
+from jaxtune.peft.method import Site, Start, check_reached, is_saved, require_match
 
 
 @struct.dataclass
@@ -53,6 +53,7 @@ def choose(sites: Sequence[Site], modules_to_save: Sequence[str] | None) -> list
         require_match(found, "modules_to_save", [name], sites)
         chosen += [s for s in found if s not in chosen]
     for site in chosen:
+        check_reached(site, "modules_to_save")
         hit = [m for m in site.modules if is_saved(modules_to_save, m)]
         if len(hit) != len(site.modules):
             raise UserError(

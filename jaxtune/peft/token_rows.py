@@ -81,6 +81,12 @@ def plan(layout: Layout, indices: Any, adapted: Mapping[str, Any], modules_to_sa
         )
     if site.path in adapted or is_saved(modules_to_save, module):
         raise UserError(f"trainable_token_indices and another key both train {module}. Choose one.")
+    if site.kind == "shared" and not layout.tied:
+        raise UserError(
+            f"trainable_token_indices: this model's head is not tied to {module}, and PEFT (over transformers 5, which "
+            "takes every T5 for tied) would put the embedding's rows into the head, too. Take peft.method=partial with "
+            f"target_modules [{module!r}]."
+        )
     if max(ids_of(indices)) >= layout.vocab:
         raise UserError(
             f"trainable_token_indices has the id {max(ids_of(indices))}; the vocabulary has {layout.vocab}."

@@ -20,18 +20,21 @@ KINDS = ("nf4", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Which weights are quantised, and how.  kind: nf4 | int8; double: NF4's scales too; embedding: that table too."""
+    """Which weights are quantised, and how.  kind: nf4 | int8; double: NF4's scales too; embedding: that table too;
+    never: ends of paths that the family keeps as they are."""
 
     kind: str
     double: bool = False
     embedding: bool = False
+    never: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.kind + " with double quantisation" * self.double + " and a quantised embedding" * self.embedding
 
     def takes(self, path: str) -> bool:
         """Whether it quantises the parameter at this path: all linear layers but the head, as transformers does."""
-        return path.endswith("/kernel") or (self.embedding and path == "embed/table")
+        linear = path.endswith("/kernel") and not path.endswith(self.never)
+        return linear or (self.embedding and path == "embed/table")
 
     def quantise(self, w: Any, axis: int) -> Quantised:
         """One weight without layer axis.  axis: the one along which a scale holds, -2 of a kernel, -1 of a table."""
