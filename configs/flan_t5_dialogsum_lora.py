@@ -10,7 +10,7 @@ GPU: python -m torch_gpu.train --config configs/flan_t5_dialogsum_lora.py --work
 CPU: python -m jaxtune.train --config configs/flan_t5_dialogsum_lora.py --workdir runs/dialogsum_small \
     --config.model.id=google/flan-t5-small --config.model.dtype=float32 --config.train.steps=100
 ROUGE on the test set, three references a dialogue:
-  python -m jaxtune.evaluate --workdir runs/dialogsum --split test --metric rouge --compare base,runs/dialogsum
+  python -m jaxtune.evaluate --compare base,runs/dialogsum --split test --metric rouge
 """
 
 from jaxtune.config import get_default

@@ -9,7 +9,8 @@ TPU: python -m jaxtune.train --config configs/gemma11_squad_v2_lora.py --workdir
 GPU: python -m torch_gpu.train --config configs/gemma11_squad_v2_lora.py --workdir runs/squad
 CPU: python -m jaxtune.train --config configs/gemma11_squad_v2_lora.py --workdir runs/tiny_squad \
     --config.model.id=jaxtune/assets/tiny_gemma --config.model.dtype=float32 \
-    --config.data.train=train.jsonl --config.data.eval=eval.jsonl --config.train.steps=100
+    --config.data.train=train.jsonl --config.data.eval=eval.jsonl --config.train.steps=100 \
+    --config.optim.warmup_steps=10
 All questions, with the official script's numbers: python -m jaxtune.evaluate --workdir runs/squad --metric squad_v2
 The experiment itself had max_length 32, in which few of these texts fit: --config.data.max_length=32
 What it varied is listed in gemma11_sst2_lora.py.
@@ -49,6 +50,5 @@ def get_config():
     c.checkpoint.keep_last_n = 2
     c.checkpoint.keep_best_n = 1
     c.checkpoint.metric = "f1"
-    c.checkpoint.mode = "max"
     c.wandb.tags = ("gemma-1.1", "squad_v2", "lora")
     return c

@@ -8,12 +8,13 @@ TPU: python -m jaxtune.train --config configs/gemma11_sst2_lora.py --workdir run
 GPU: python -m torch_gpu.train --config configs/gemma11_sst2_lora.py --workdir runs/sst2
 CPU: python -m jaxtune.train --config configs/gemma11_sst2_lora.py --workdir runs/tiny_sst2 \
     --config.model.id=jaxtune/assets/tiny_gemma --config.model.dtype=float32 \
-    --config.data.train=train.jsonl --config.data.eval=eval.jsonl --config.train.steps=100
+    --config.data.train=train.jsonl --config.data.eval=eval.jsonl --config.train.steps=100 \
+    --config.optim.warmup_steps=10
 All sentences, by generation and by the labels' probabilities:
   python -m jaxtune.evaluate --workdir runs/sst2 --metric accuracy --labels negative,positive
 What the experiment varied is one flag each:
   --config.train.save_unit=step --config.train.save_every=500     --config.checkpoint.keep_last_n=3
-  --config.checkpoint.metric=eval_loss                            --config.checkpoint.resume=best
+  --config.checkpoint.metric=eval_loss --config.checkpoint.mode=min   --config.checkpoint.resume=best
   --config.checkpoint.save_optim=False                            --config.train.deterministic=True
   --config.wandb.project=sst2 --config.wandb.run_name=lora --config.wandb.every=10
   --config.storage.sync_to=gs://bucket/sst2
@@ -52,6 +53,5 @@ def get_config():
     c.checkpoint.keep_last_n = 2
     c.checkpoint.keep_best_n = 1
     c.checkpoint.metric = "accuracy"
-    c.checkpoint.mode = "max"
     c.wandb.tags = ("gemma-1.1", "sst2", "lora")
     return c

@@ -23,7 +23,7 @@ from jaxtune.data.examples import Prompt
 from jaxtune.data.load import Dataset
 from jaxtune.data.seq2seq import Lengths
 from jaxtune.data.splits import read_prompts, read_splits
-from jaxtune.errors import DataError, UserError
+from jaxtune.errors import CannotCreateError, DataError, UserError, did_you_mean
 from jaxtune.generate import Sampling, generate
 from jaxtune.hf.handover import held_as
 from jaxtune.likelihood import bucket, continuations, label_ids, loss_and_tokens, loss_batches
@@ -138,6 +138,8 @@ def wanted(arguments: Any, c: Any) -> list[str]:
         )
     if arguments.references or arguments.stemmer:
         raise UserError("--references and --stemmer are for --predictions. Write answers with --out, and score these.")
+    if arguments.out and not trained.path_of(arguments.out).parent.is_dir():
+        raise CannotCreateError(f"--out is {arguments.out}, and there is no such folder. Make it, or give another.")
     if arguments.normalise and not arguments.labels:
         raise UserError("--normalise divides the log-probability of labels by their tokens: it needs --labels.")
     return metrics
@@ -164,14 +166,18 @@ def read(model: Trained, metrics: Sequence[str], names: Sequence[str] | None, sa
         if not prompts:
             raise DataError(f"No row of {data.train} has a prompt of at most {data.max_length} tokens and an answer.")
     if "squad_v2" in metrics and (odd := next((p.row for p in prompts if p.row_id is None), None)):
-        raise DataError(f"{data.train}: row {odd} has no `id`, by which squad_v2 knows questions. Add it.")
+        raise DataError(
+            f"{data.train}: row {odd} has no `id`. squad_v2 is for rows with an `id`, by which it knows questions, and "
+            "`answers` as SQuAD has them."
+        )
     asked = questions(prompts, apart="squad_v2" in metrics)
     for question in asked if names else ():
         right = question.references or [question.prompt.reference]
         if not {labels.plain(text) for text in right} & {labels.plain(name) for name in names or ()}:
+            near = did_you_mean(labels.plain(right[0]), names or ())
             raise DataError(
                 f"{data.train}: the answer of row {question.prompt.row}, {visible(right[0][:80])!r}, is none of "
-                f"--labels {','.join(names or ())}. Name all of them."
+                f"--labels {','.join(names or ())}.{near} Name all of them."
             )
     return Asked(tokenizer, rows, length, len(prompts), asked)
 
@@ -196,7 +202,8 @@ def compared(models: Sequence[Trained], rows: dict[str, Asked]) -> list[str]:
     (first, *others), lines = models, []
     for other in others:
         a, b = of(rows[first.name]), of(rows[other.name])
-        if a[0] != b[0]:
+        sources = [(m.config.data.eval, m.config.data.eval_split) for m in (first, other)]
+        if a[0] != b[0] or (a[1] != b[1] and not rows[first.name].questions and sources[0] != sources[1]):
             raise UserError(
                 f"{first.name} and {other.name} would be scored on other rows: {first.config.data.eval} and "
                 f"{other.config.data.eval}. Give the same to all with --data FILE."
@@ -263,6 +270,7 @@ def measure(
         if arguments.compare:
             where = where.with_name(f"{where.stem}-{model.name.replace(' ', '-').replace('/', '-')}{where.suffix}")
         write_atomic(where, lines.encode())
+        console.say(f"answers: {where}")
     if model.workdir is not None:
         write_json_atomic(model.workdir / "scores.json", result)
     return result

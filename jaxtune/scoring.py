@@ -4,7 +4,7 @@ No jax: `torch_gpu` uses it too.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,11 @@ def before_and_after(
     return found
 
 
-def goal_of(config: dict[str, Any]) -> Goal:
+def goal_of(config: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> Goal:
     """What a run's best checkpoint is best by.
 
     Args:
-      config: as in config.json.
+      config: as in config.json.  say: told of a mode that would keep the worst.
 
     Raises:
       UserError: `evaluate.metrics` or `checkpoint.metric` names what is not there, or not computed in this run.
@@ -95,7 +95,7 @@ def goal_of(config: dict[str, Any]) -> Goal:
         )
     metric = config["checkpoint"]["metric"]
     if metric == "eval_loss":
-        return _goal(config)
+        return _goal(config, say)
     # Scored here once, to see what a metric's numbers are called.
     rows = [{"id": text, "prediction": text, "references": [text]} for text in ("a", "")]
     known = [*LOSSES, *(key for name in ("exact_match", *metrics) for key in score(name, rows) if samples)]
@@ -107,11 +107,13 @@ def goal_of(config: dict[str, Any]) -> Goal:
         )
     if not config["data"]["eval"]:
         raise UserError(f"`checkpoint.metric` is {metric}, and there are no evaluations without `data.eval`. Set it.")
-    return _goal(config)
+    return _goal(config, say)
 
 
-def _goal(config: dict[str, Any]) -> Goal:
+def _goal(config: dict[str, Any], say: Callable[[str], None]) -> Goal:
     metric, mode = config["checkpoint"]["metric"], config["checkpoint"]["mode"]
+    if metric in LOSSES and mode == "max":
+        say(f"WARNING: `checkpoint.mode` is max, and of {metric} less is better: the worst checkpoint is kept as best")
     return Goal(metric, mode or ("min" if metric in LOSSES else "max"))
 
 

@@ -282,6 +282,8 @@ class Copier:
             manifest = (local / MANIFEST).read_bytes()
             if self._units.get(unit) == digest(manifest):
                 return
+            if unit in self._units:  # another of this step, or a part of one: its files would stay among the new ones
+                self._remove_unit(unit)
             self._units[unit] = ""
             for path in sorted(p for p in local.rglob("*") if p.is_file() and p != local / MANIFEST):
                 name = path.relative_to(self._workdir).as_posix()

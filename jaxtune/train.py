@@ -96,7 +96,7 @@ def train(
     usual = adapt.learning_rate(plain["peft"])  # refuses what it cannot mean before anything is read
     if c.optim.learning_rate is None:
         c.optim.learning_rate = plain["optim"]["learning_rate"] = usual
-    goal = scoring.goal_of(plain)
+    goal = scoring.goal_of(plain, console.say)
     scored_by = {"metrics": scoring.names_of(c.evaluate.metrics), "no_answer": c.data.no_answer}
     check_path(c.checkpoint.resume)
     wandb_log.check(plain)

@@ -163,7 +163,7 @@ def at_step(
     record = read_record(step)
     # Ranks' schedules end where the run's do; by then nothing depends on it but the exported number.
     total = int(record["identity"].get("train.steps", record["step"]))
-    encode = functools.partial(encode_prompt, load_tokenizer(base.directory))
+    encode = functools.partial(encode_prompt, load_tokenizer(base.directory), ended=base.encodes)
     how: dict[str, Any] = {"dtype": c.model.dtype, "seed": c.train.seed, "total_steps": total, "encode": encode}
     adapted = adapt.adapt(config.to_json(c)["peft"], base, mesh, **how, params=params)
     return adapted, read_trainable(step, adapted.trainable)
@@ -244,6 +244,11 @@ def changed(c: Any, arguments: Any) -> Any:
     for path, value in given.items():
         if value is not None:
             config.set_value(c, path, value)
+    if arguments.split and Path(c.data.eval or "").expanduser().is_file():
+        raise UserError(
+            f"--split is {arguments.split!r}, and {c.data.eval} is a file, which has no splits. Drop it, or give that "
+            "split's file as --data."
+        )
     if not c.data.eval:
         raise MissingInputError(
             "There are no rows to score: `data.eval` is not set. Give them with --data FILE, or a Hub dataset's id."

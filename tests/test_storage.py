@@ -129,6 +129,19 @@ def test_the_copy_is_what_is_there_and_follows_it(tmp_path):
     assert removed[0] == "/bucket/run/checkpoints/5/manifest.sha256"
 
 
+def test_a_step_that_is_done_again_replaces_its_copy(tmp_path):
+    """After going back to the best, say: nothing of the first one stays beside the second."""
+    make_run(tmp_path, 5, 9)
+    copy(tmp_path)
+    # Other arrays under other names, as Orbax has them each time.
+    folder = tmp_path / "checkpoints" / "9"
+    shutil.rmtree(folder)
+    write(folder / "arrays" / "of_the_second", "x")
+    write(folder / "manifest.sha256", "y")
+    copy(tmp_path)
+    assert there() == files(tmp_path)
+
+
 def test_what_is_left_behind_by_going_back_is_copied_too(tmp_path):
     make_run(tmp_path, 5, 9)
     copy(tmp_path)

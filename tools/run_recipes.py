@@ -38,10 +38,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "gemma2_persian_p_tuning": Recipe("Persian chat, P-tuning", "persian_slimorca", "gemma"),
-    "gemma2_persian_qlora": Recipe("Persian chat, QLoRA", "persian_slimorca", "gemma"),
+    "gemma2_persian_p_tuning": Recipe("Persian chat, P-tuning", "persian_slimorca", "gemma", 600),
+    "gemma2_persian_qlora": Recipe("Persian chat, QLoRA", "persian_slimorca", "gemma", 600),
     "gemma2_persian_embed_head": Recipe(
-        "Persian chat, embeddings and head", "persian_slimorca", "gemma", stacks=("jaxtune",)
+        "Persian chat, embeddings and head", "persian_slimorca", "gemma", 600, stacks=("jaxtune",)
     ),
     "llama2_persian_qa_lora": Recipe("Persian QA, LoRA", "persian_qa", "llama", 1800),
     "llama2_persian_qa_qlora": Recipe("Persian QA, QLoRA", "persian_qa", "llama", 1800),
@@ -51,7 +51,7 @@ RECIPES = {
     "gemma_quotes_fsdp": Recipe("Quotations, LoRA over 8 devices", "english_quotes", "gemma", stacks=("jaxtune",)),
     "gemma11_sst2_lora": Recipe("Sentiment (SST-2), LoRA", "sst2", "gemma"),
     "gemma11_squad_v2_lora": Recipe("SQuAD v2, LoRA", "squad_v2", "gemma", 1800),
-    "gemma_lora": Recipe("Any chat, LoRA", "persian_slimorca", "gemma"),
+    "gemma_lora": Recipe("Any chat, LoRA", "persian_slimorca", "gemma", 600),
 }
 
 # Random models of these shapes; their tokenizers are the published ones.
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--only", default=",".join(RECIPES))
     parser.add_argument("--stacks", default="jaxtune,torch_gpu")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     print("| System | Recipe | Stack | Steps | Result |\n|---|---|---|---|---|")
     for name in given.only.split(","):
@@ -156,7 +156,11 @@ def main() -> None:
             workdir = given.out / name / stack
             settings = {"model__id": model, "model__dtype": "float32", "data__train": rows["train"]}
             settings |= {"data__eval": rows["eval"], "train__steps": given.steps, "optim__warmup_steps": 5}
-            settings |= {"evaluate__max_new_tokens": 24, "train__global_batch_size": 16}
+            settings |= {
+                "evaluate__max_new_tokens": 16,
+                "train__global_batch_size": 8,
+                "train__gradient_accumulation_steps": 1,
+            }
             line = command(stack, name, workdir, **settings)
             with open(f"{workdir}.screen", "ab") as screen:
                 done = subprocess.run(line, stdout=screen, stderr=subprocess.STDOUT)

@@ -105,7 +105,7 @@ def train(
     plain = config.to_json(c)
     settings.check(plain)
     settings.deterministic(c.train.deterministic)
-    goal = scoring.goal_of(plain)
+    goal = scoring.goal_of(plain, console.say)
     scored_by = {"metrics": scoring.names_of(c.evaluate.metrics), "no_answer": c.data.no_answer}
     check_path(c.checkpoint.resume)
     wandb_log.check(plain)
