@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune import mesh as meshes
+from jaxtune.data import seq2seq
 from jaxtune.data.chat import render_folded
 from jaxtune.data.virtual import NONE, Virtual, insert, tasks_of
 from jaxtune.errors import MissingInputError, UserError
@@ -247,7 +248,7 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, ended: 
     """
     if isinstance(prompt, str):
         ids = [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(prompt)
-        return ids + [tokenizer.eos_id] * (ended and ids[-1:] != [tokenizer.eos_id])
+        return seq2seq.ended(ids, tokenizer) if ended else ids
     if tokenizer.chat_template is None:
         raise UserError("This checkpoint's tokenizer has no chat template. Give the prompts as texts.")
     special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}

@@ -102,9 +102,9 @@ def examples(
             if isinstance(found, Dropped):
                 yield found
                 continue
-            whole = _ended(next(ids), tokenizer)
+            whole = ended(next(ids), tokenizer)
             source = cut(whole, max_length, truncation)
-            answer = _ended(next(ids), tokenizer)
+            answer = ended(next(ids), tokenizer)
             labels = cut(answer, two.max_target_length, "right")
             if source is None or labels is None:
                 yield Dropped(row.number, "longer than data.max_length")
@@ -132,7 +132,7 @@ def prompt(
     """
     content = parse_row(row, form)
     assert isinstance(content, Text)
-    ids = cut(_ended(tokenizer.encode(content.prompt), tokenizer), max_length, truncation)
+    ids = cut(ended(tokenizer.encode(content.prompt), tokenizer), max_length, truncation)
     if ids is None:
         return None
     ids = virtual.ids(parse_task(row, virtual)).tolist() + ids
@@ -147,7 +147,8 @@ def cut(ids: list[int], limit: int, truncation: str) -> list[int] | None:
     return {"right": [*ids[: limit - 1], ids[-1]], "left": ids[-limit:], "drop": None}[truncation]
 
 
-def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids with EOS behind them, as encoders and decoders have read them."""
     return ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
 
 
