@@ -64,6 +64,30 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int[A
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
+def prefill(
+    model: Any,
+    variables: Tree,
+    tokens: Int[Array, "B P"],
+    segments: Int[Array, "B P"],
+    starts: Int[Array, "B Q"] | None,
+    *,
+    new: int,
+) -> tuple[Float[Array, "B T D"], Cache, Int[Array, "B"]]:
+    """(hidden states of what was read, a cache of it with room for `new` slots more, each row's last position).
+
+    Args:
+      tokens, segments: the prompts.  starts: where an encoder reads those, what the decoder reads first.
+    """
+    c, source = model.config, {}
+    if starts is not None:
+        source = {"source_tokens": tokens, "source_segments": segments}
+        tokens, segments = starts, jnp.ones_like(starts)
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    cache = Cache.empty(c.layers, tokens.shape[0], tokens.shape[1] + new, c.kv_heads, c.head_dim, model.dtype)
+    hidden, cache = model.apply(variables, tokens, positions, segments, cache, **source)
+    return hidden, cache, positions[:, -1]
+
+
 @functools.partial(jax.jit, static_argnames=("model", "new", "stop_ids", "sampling"))
 def decode(
     model: Any,
@@ -82,22 +106,16 @@ def decode(
     Args:
       tokens, segments: the prompts.  starts: where an encoder reads those, what the decoder reads first.
     """
-    c, source = model.config, {}
-    if starts is not None:
-        source = {"source_tokens": tokens, "source_segments": segments}
-        tokens, segments = starts, jnp.ones_like(starts)
-    B, P = tokens.shape
+    c, B = model.config, tokens.shape[0]
     variables = folded(variables)
     table = model.apply(variables, method="head")
     stops = jnp.asarray(stop_ids, jnp.int32)
 
-    def forward(variables, cache, tokens, positions, segments, **source):
-        hidden, cache = model.apply(variables, tokens, positions, segments, cache, **source)
-        return output_logits(hidden[:, -1], table, c.final_softcap), cache
+    def logits_of(hidden):
+        return output_logits(hidden[:, -1], table, c.final_softcap)
 
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache = Cache.empty(c.layers, B, P + new, c.kv_heads, c.head_dim, model.dtype)
-    logits, cache = forward(variables, cache, tokens, positions, segments, **source)
+    hidden, cache, last = prefill(model, variables, tokens, segments, starts, new=new)
+    logits = logits_of(hidden)
     # Virtual tokens stand before a text only; their keys and values are in the cache by now.
     adapters = {name: part for name, part in variables.get("adapters", {}).items() if name != "prompt"}
     later = variables | {"adapters": adapters}
@@ -113,11 +131,11 @@ def decode(
         count = jnp.where(done, count, count + 1)
         done = done | jnp.any(token[:, None] == stops[None], axis=1)
         position = position + 1
-        logits, cache = forward(later, cache, token[:, None], position[:, None], jnp.ones((B, 1), jnp.int32))
-        return step + 1, out, count, done, logits, cache, position
+        hidden, cache = model.apply(later, token[:, None], position[:, None], jnp.ones((B, 1), jnp.int32), cache)
+        return step + 1, out, count, done, logits_of(hidden), cache, position
 
     start = (0, jnp.zeros((B, new), jnp.int32), jnp.zeros((B,), jnp.int32), jnp.zeros((B,), bool))
-    _, out, count, *_ = jax.lax.while_loop(unfinished, one, (*start, logits, cache, positions[:, -1]))
+    _, out, count, *_ = jax.lax.while_loop(unfinished, one, (*start, logits, cache, last))
     return out, count
 
 

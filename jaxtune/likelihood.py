@@ -21,7 +21,7 @@ from jaxtune.data.examples import Prompt
 from jaxtune.data.load import Dataset
 from jaxtune.data.seq2seq import Lengths
 from jaxtune.errors import UserError
-from jaxtune.generate import starts_of
+from jaxtune.generate import prefill, starts_of
 from jaxtune.layers import output_logits
 from jaxtune.loss import batch_loss, chunked
 from jaxtune.quant.box import Quantised
@@ -84,22 +84,16 @@ def score(
     Args:
       starts: where an encoder reads the prompts, what the decoder reads first.
     """
-    c, source = model.config, {}
-    if starts is not None:
-        source = {"source_tokens": tokens, "source_segments": segments}
-        tokens, segments = starts, jnp.ones_like(starts)
-    (B, P), (_, N, M) = tokens.shape, targets.shape
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    cache = Cache.empty(c.layers, B, P + M - 1, c.kv_heads, c.head_dim, model.dtype)
-    hidden, cache = model.apply(variables, tokens, positions, segments, cache, **source)
+    B, N, M = targets.shape
+    hidden, cache, last = prefill(model, variables, tokens, segments, starts, new=M - 1)
     hidden = jnp.repeat(hidden[:, -1:], N, axis=0)  # predicts the first token of each
     flat, weight = targets.reshape(B * N, M), weights.reshape(B * N, M)
     if M > 1:
-        after = jnp.repeat(positions[:, -1:], N, axis=0) + 1 + jnp.arange(M - 1)[None]
+        after = jnp.repeat(last[:, None], N, axis=0) + 1 + jnp.arange(M - 1)[None]
         real = (weight[:, 1:] > 0).astype(jnp.int32)
         later, _ = model.apply(variables, flat[:, :-1], after, real, repeated(cache, N))
         hidden = jnp.concatenate([hidden, later], axis=1)
-    logprobs, best = token_scores(hidden, model.apply(variables, method="head"), flat, c.final_softcap)
+    logprobs, best = token_scores(hidden, model.apply(variables, method="head"), flat, model.config.final_softcap)
     total, greedy = jnp.sum(logprobs * weight, axis=1), jnp.all(best | (weight == 0), axis=1)
     return total.reshape(B, N), greedy.reshape(B, N)
 
