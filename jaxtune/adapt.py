@@ -191,18 +191,28 @@ def fresh_adapters(
     encode: Callable[[str], Sequence[int]],
 ) -> dict[str, Tree]:
     """The method's initial adapters, each made where its weight's axes say, never whole on one device."""
-    wanted = method.lost(base.layout, config) if hasattr(method, "lost") else {}
     flat = tree.flatten(params, is_leaf=lambda x: isinstance(x, Quantised))
-    lost = lost_by_rounding(base, mesh, flat, wanted, dtype)
+    lost = lost_by_rounding(base, mesh, flat, wanted_of_rounding(method, config, base), dtype)
+    init = initial(method, config, base, encode)
+    key = jax.random.key(seed)
+    where = meshes.shardings(mesh, jax.eval_shape(init, key, flat, lost))
+    return jax.jit(lambda *given: nn.unbox(init(*given)), out_shardings=where)(key, flat, lost)
+
+
+def wanted_of_rounding(method: Any, config: Any, base: Base) -> dict[str, int]:
+    """{path: rank} of what the method's start needs of what quantisation lost."""
+    return method.lost(base.layout, config) if hasattr(method, "lost") else {}
+
+
+def initial(method: Any, config: Any, base: Base, encode: Callable[[str], Sequence[int]]) -> Callable[..., Any]:
+    """The function of (key, {path: parameter}, what rounding lost) to the method's first variables, boxed."""
 
     def init(key: jax.Array, flat: dict[str, jax.Array], lost: Tree) -> dict[str, Tree]:
         start = Start(flat, encode, lost)
         whole = saved.init(saved.choose(base.sites, config.modules_to_save), start)
         return to_variables(method.init(key, base.layout, config, start) | whole)
 
-    key = jax.random.key(seed)
-    where = meshes.shardings(mesh, jax.eval_shape(init, key, flat, lost))
-    return jax.jit(lambda *given: nn.unbox(init(*given)), out_shardings=where)(key, flat, lost)
+    return init
 
 
 def adapt(
@@ -242,6 +252,11 @@ def adapt(
         variables |= fresh_adapters(
             method, config, base, mesh, params, dtype=jnp.dtype(dtype), seed=seed, encode=encode
         )
+    return divided(variables, peft, layers)
+
+
+def divided(variables: Tree, peft: PeftAdapter | None, layers: dict[str, tuple[bool, ...]]) -> Adapted:
+    """The leaves of the variables, arrays or their shapes, on the sides that they belong to."""
     leaves = tree.flatten(variables)
 
     def trains(path: str) -> bool:

@@ -28,11 +28,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from jaxtune.errors import DivergedError, NoCheckpointError, UserError
+from jaxtune import hosts
+from jaxtune.errors import DivergedError, UserError
 from jaxtune.identity import check_same
 from jaxtune.kept import (
     EVAL_LOSS,
@@ -103,7 +102,7 @@ class Checkpoints:
         self._identity = identity
         self._goal, self._say, self._saved = goal, say, saved
         self._optimiser_from = 0
-        self._primary = jax.process_index() == 0
+        self._primary = hosts.first()
         if self._primary:
             open_directory(self.directory)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -191,7 +190,8 @@ class Checkpoints:
           UserError: the step belongs to another configuration, or its leaves are not those asked for.
           DataError: it belongs to other data, all else being equal.
         """
-        step = self._choose_together(find or functools.partial(choose, self.directory, self._say))
+        find = find or functools.partial(choose, self.directory, self._say)
+        step = hosts.said_by_first(find() if self._primary else None)  # who alone moves the damaged ones
         if step is None:
             return None
         path = self.directory / str(step)
@@ -228,20 +228,6 @@ class Checkpoints:
 
     def _whole_or_not(self, step: int) -> contextlib.AbstractContextManager[None]:
         return whole_or_not(self.directory, step, self._tmp / str(step) if self._primary else None)
-
-    def _choose_together(self, find: Callable[[], int | None]) -> int | None:
-        """One process looks and moves, all hear of its choice: -1 none, -2 nothing usable."""
-        choice, error = -1, None
-        if self._primary:
-            try:
-                step = find()
-                choice = -1 if step is None else step
-            except UserError as nothing:
-                choice, error = -2, nothing
-        choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
-        if choice == -2:
-            raise error or NoCheckpointError(f"None of the checkpoints in {self.directory} can be used.")
-        return None if choice == -1 else choice
 
 
 @jax.jit

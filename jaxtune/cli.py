@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxtune.config import check, find_secret, flatten, get_default, set_value, shown
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 
-COMMANDS = ("train", "export", "compare", "evaluate")
+COMMANDS = ("train", "export", "compare", "evaluate", "plan")
 
 
 class Arguments(NamedTuple):

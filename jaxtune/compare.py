@@ -19,7 +19,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from jaxtune import adapt, cli, config
+from jaxtune import adapt, cli, config, hosts
 from jaxtune.console import Console
 from jaxtune.errors import MissingInputError, UserError, did_you_mean
 from jaxtune.peft import METHODS
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     workdir = Path(known.workdir).expanduser().resolve()
     runs = [Path(run).expanduser() for run in known.runs]
     if known.config:
+        hosts.alone("python -m jaxtune.compare")
         runs += train_all(known.config, methods_of(known.methods), workdir, settings)
     if not runs:
         raise UserError("Name run directories, or a recipe with --config. Try --help.")

@@ -24,7 +24,7 @@ CHOICES = {
     "data.on_bad_row": ("error", "skip"),
     "optim.name": ("adamw", "adamw8bit", "adafactor", "lion", "sgd"),
     "optim.schedule": ("constant", "linear", "cosine"),
-    "train.remat": ("full", "none"),
+    "train.remat": ("full", "none", "attn_out", "dots", "offload"),
     "train.eval_unit": ("step", "epoch"),
     "train.save_unit": ("step", "epoch"),
     "checkpoint.mode": (None, "min", "max"),
@@ -48,6 +48,7 @@ HINTS = {
 # Inclusive lower bounds.
 MINIMUM = {
     "data.max_length": 2,
+    "data.length_buckets": 1,
     "data.max_train_rows": 1,
     "data.max_eval_rows": 1,
     "optim.learning_rate": 0,
@@ -67,6 +68,8 @@ MINIMUM = {
     "train.eval_every": 0,
     "train.save_every": 1,
     "train.log_every": 1,
+    "train.unroll_layers": 1,
+    "train.z_loss": 0,
     "checkpoint.keep_last_n": 1,
     "checkpoint.keep_best_n": 0,
     "wandb.every": 1,

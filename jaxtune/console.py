@@ -142,7 +142,17 @@ class Progress:
             self._draw(self._bar.stop)
         self._bar, self._console.live = None, False
 
-    def step(self, step: int, *, loss: float | None, learning_rate: float, tokens: int, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        learning_rate: float,
+        tokens: int,
+        seconds: float,
+        filled: float | None = None,
+        mfu: float | None = None,
+    ) -> None:
         """After each optimiser step.
 
         Args:
@@ -151,6 +161,8 @@ class Progress:
           learning_rate: for the line.
           tokens: real tokens processed, padding left out.
           seconds: the step took.  The first since the start, which compiles, counts neither for speed nor for eta.
+          filled: the share of the batch that real tokens are, where it is known.
+          mfu: the share of the chips' peak that went into the model, where that is known.
         """
         if not self._first:
             self._recent.append((tokens, seconds))
@@ -161,6 +173,10 @@ class Progress:
             parts["speed"] = f"tok/s {sum(tokens for tokens, _ in self._recent) / took:,.0f}"
             left = (self._total - step) * took / len(self._recent)
             parts["eta"] = f"eta {datetime.timedelta(seconds=round(left))}"
+        if filled is not None:
+            parts["fill"] = f"fill {filled:.0%}"
+        if mfu is not None and took > 0:
+            parts["mfu"] = f"mfu {mfu:.1%}"
         self._unsaid = f"step {step}/{self._total}  " + "  ".join(parts.values())
         if step % self._every == 0 or step == self._total:
             self._say_line(self._unsaid)
@@ -195,7 +211,7 @@ class Progress:
 def fit(parts: Mapping[str, str], room: int) -> str:
     """As many of a line's parts as there is room for, the most wanted first."""
     chosen = []
-    for name in ("loss", "eta", "speed", "eval", "lr"):
+    for name in ("loss", "eta", "speed", "eval", "lr", "mfu", "fill"):
         if name in parts and sum(len(p) + 2 for p in chosen) + len(parts[name]) <= room:
             chosen.append(parts[name])
     return "  ".join(chosen)

@@ -209,6 +209,12 @@ def get_default() -> Any:
     # error (stop and list them) | skip (count them).
     c.data.on_bad_row = "error"
     c.data.shuffle = True
+    # Put several rows into one of max_length tokens (docs/data.md); global_batch_size then counts these.  Rows do not
+    # see each other.
+    c.data.packing = False
+    # Without packing: how many lengths batches may have, each the shortest that fits its longest row; each is compiled
+    # before the first step, and there are fewer where they would save little.  1: all are as long as the longest row.
+    c.data.length_buckets = 4
     # Use only the first rows of each file.
     c.data.max_train_rows = optional(int)
     c.data.max_eval_rows = optional(int)
@@ -239,7 +245,7 @@ def get_default() -> Any:
     # Optimiser steps; None: as many as `epochs` need.
     c.train.steps = optional(int)
     c.train.epochs = 1.0
-    # Rows per optimiser step over all devices and accumulation steps.
+    # Rows (with data.packing: packed ones) per optimiser step over all devices and accumulation steps.
     c.train.global_batch_size = 8
     c.train.gradient_accumulation_steps = 1
     c.train.seed = 0
@@ -252,13 +258,23 @@ def get_default() -> Any:
     c.train.save_unit = "step"
     # Steps between plain lines when the output is no terminal.
     c.train.log_every = 10
-    # Recompute a layer's activations in the backward pass: full | none.
+    # Added to what is trained on: this times the mean of log(Z) ** 2, Z being the sum of exp(logit) (PaLM: 1e-4).  It
+    # keeps logits from drifting in long full training.  The losses of metrics.jsonl and of evaluation are without it.
+    c.train.z_loss = 0.0
+    # What of each layer the backward pass computes again: full (all but its input) | attn_out (all but its input and
+    # what attention gives) | dots (all but the weights' products) | none | offload (as full, with the layers' inputs in
+    # the host's memory; TPUs and GPUs).
     c.train.remat = "full"
+    # Layers that one turn of the scan over layers runs.  All of them at once are a tenth to a quarter faster on CPUs,
+    # and take longer to compile.
+    c.train.unroll_layers = 1
     # On GPUs: only operations that give the same bits each time, which are slower.  CPUs and TPUs have no others.
     c.train.deterministic = False
 
-    # Devices along each axis; -1 takes what is left.
+    # Devices along each axis; -1 takes what is left.  slice: TPU slices joined by a slower network, over which
+    # the model is repeated.
     c.mesh = ConfigDict()
+    c.mesh.slice = 1
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
@@ -292,6 +308,8 @@ def get_default() -> Any:
 
     c.logging = ConfigDict()
     c.logging.tensorboard = True
+    # (first, last) step of a profiler's trace, written to profile/ in the run directory; None: none.
+    c.logging.profile = optional(object)
 
     # Weights & Biases (pip install wandb): offline with WANDB_MODE=offline; the key is in the environment, or `wandb
     # login`'s.

@@ -26,8 +26,9 @@ MODEL_FLAGS = (
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     if arguments.predictions is None:
-        from jaxtune import measure  # jax; a file needs none.
+        from jaxtune import hosts, measure  # jax; a file needs none.
 
+        hosts.alone("python -m jaxtune.evaluate")
         return measure.run(arguments)
     how = {"references": arguments.references, "stemmer": arguments.stemmer, "labels": arguments.labels}
     return files.run(arguments.predictions, arguments.metric, as_json=arguments.json, **how)

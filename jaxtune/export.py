@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import cli, config, results, trained
+from jaxtune import cli, config, hosts, results, trained
 from jaxtune import mesh as meshes
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf import handover, hub
@@ -36,6 +36,7 @@ from jaxtune.scoring import goal_of
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
+    hosts.alone("python -m jaxtune.export")
     source = Path(arguments.source).expanduser().resolve()
     if arguments.push_to_hub:
         hub.check(arguments.push_to_hub)

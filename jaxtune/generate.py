@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxtune.attention import Cache
 from jaxtune.errors import UserError
+from jaxtune.hosts import whole
 from jaxtune.layers import output_logits
 from jaxtune.peft.method import folded
 from jaxtune.typing import Tree
@@ -189,7 +190,7 @@ def generate(
         key = jax.random.fold_in(jax.random.key(seed), start)
         how = {"new": max_new_tokens, "stop_ids": tuple(stop_ids), "sampling": sampling}
         out, count = decode(model, variables, tokens, segments, key, **how, starts=starts_of(model, variables, rows))
-        out, count = np.asarray(out), np.asarray(count)
+        out, count = whole(out), whole(count)
         for row, n in zip(out[: len(prompts) - start], count, strict=False):
             ids = row[:n].tolist()
             answers.append(ids[:-1] if ids and ids[-1] in stop_ids else ids)

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "train.save_unit",
     "train.log_every",
     "train.remat",
+    "train.unroll_layers",
     "train.deterministic",
     "optim.offload",  # the same bits
 )

@@ -13,11 +13,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxtune.mesh import spec
 from jaxtune.quant.box import Quantised
 from jaxtune.typing import Tree
+
+# The name of what a linear layer gives, for policies of `jax.checkpoint`: by the operation they would not find it,
+# since they do not look into `_matmul`.
+PRODUCT = "product"
+# The axes of an embedding table.
+TABLE = ("vocab", "embed")
 
 
 def matmul(x: Float[Array, "N I"], w: Any) -> Float[Array, "N O"]:
@@ -53,7 +61,38 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def take_rows(table: Any, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Rows of a table [V, D], or of the box of a quantised one."""
-    return table.rows(tokens) if isinstance(table, Quantised) else jnp.take(table, tokens, axis=0, mode="clip")
+    if isinstance(table, Quantised):
+        return table.rows(tokens)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and tokens.ndim == 2:
+        return _rows_of_shards(mesh, table, tokens)
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def _rows_of_shards(mesh: Any, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table that is split over devices.  Each looks its own columns up for all tokens of its group and sends
+    them where the tokens are.  Left to itself XLA gathers the table, or all tokens' rows on every device, where both
+    axes are split."""
+    vocab, width = (axis if axis and mesh.shape[axis] > 1 else None for axis in spec(mesh, TABLE, table.shape))
+    if not (vocab or width):
+        return jnp.take(table, tokens, axis=0, mode="clip")
+    rows = spec(mesh, ("batch",), tokens.shape[:1])[0]
+    swap = width is not None and rows is not None and width in rows
+
+    def local(table, tokens):
+        tokens = jax.lax.all_gather(tokens, width, tiled=True) if swap else tokens
+        first = jax.lax.axis_index(vocab) * len(table) if vocab else 0
+        x = jnp.take(table, tokens - first, axis=0, mode="clip")
+        if vocab:
+            here = (tokens >= first) & (tokens < first + len(table))
+            x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), x.dtype)), vocab)
+        if swap:
+            return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.all_gather(x, width, axis=2, tiled=True) if width else x
+
+    tokens = jnp.clip(tokens, 0, len(table) - 1)
+    places = P(vocab, width), P(rows)
+    return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=P(rows), check_vma=False)(table, tokens)
 
 
 def weight_of(module: nn.Module, name: str, init: Callable, axes: tuple[str, ...], shape: tuple[int, ...]) -> Any:
@@ -94,7 +133,7 @@ class Linear(nn.Module):
         adapter = adapter_of(self, "kernel")
         if adapter is not None:
             y = adapter.linear(rows, y, w, self.make_rng("dropout") if self.has_rng("dropout") else None)
-        return y.astype(x.dtype).reshape(*x.shape[:-1], self.features)
+        return checkpoint_name(y.astype(x.dtype), PRODUCT).reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):
@@ -117,7 +156,7 @@ class RMSNorm(nn.Module):
 
 
 def _table(module: nn.Module, vocab: int, features: int) -> Any:
-    return weight_of(module, "table", nn.initializers.normal(0.02), ("vocab", "embed"), (vocab, features))
+    return weight_of(module, "table", nn.initializers.normal(0.02), TABLE, (vocab, features))
 
 
 class Embedding(nn.Module):

@@ -6,6 +6,7 @@ alone, and in the chunks of the loss.
 B prompts of a batch, P prompt slots, N continuations of each, M tokens of one, T positions, D width, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,9 +23,7 @@ from jaxtune.data.load import Dataset
 from jaxtune.data.seq2seq import Lengths
 from jaxtune.errors import UserError
 from jaxtune.generate import prefill, starts_of
-from jaxtune.layers import output_logits
-from jaxtune.loss import batch_loss, chunked
-from jaxtune.quant.box import Quantised
+from jaxtune.loss import batch_loss, token_scores
 from jaxtune.tokenizer import Tokenizer
 from jaxtune.typing import Tree
 
@@ -47,26 +46,6 @@ def bucket(length: int, unit: int = 32) -> int:
         size = unit * STEPS[step % 2] * 2 ** (step // 2)
         step += 1
     return size
-
-
-def token_scores(
-    hidden: Float[Array, "B T D"], table: Any, targets: Int[Array, "B T"], softcap: float | None
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """(log p(target), whether the target is the likeliest) at each position; logits exist a chunk at a time."""
-    if isinstance(table, Quantised):
-        table = table.astype(hidden.dtype)  # once for all chunks
-    B, T = targets.shape
-
-    def one(chunk):
-        h, target = chunk
-        logits = output_logits(h, table, softcap)
-        hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == target[..., None]
-        own = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
-
-    pieces = jax.lax.map(one, (chunked(hidden), chunked(targets)))
-    logprobs, best = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in pieces)
-    return logprobs, best
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -93,7 +72,8 @@ def score(
         real = (weight[:, 1:] > 0).astype(jnp.int32)
         later, _ = model.apply(variables, flat[:, :-1], after, real, repeated(cache, N))
         hidden = jnp.concatenate([hidden, later], axis=1)
-    logprobs, best = token_scores(hidden, model.apply(variables, method="head"), flat, model.config.final_softcap)
+    table = model.apply(variables, method="head")
+    logprobs, best = token_scores(hidden, table, flat, weight, model.config.final_softcap)
     total, greedy = jnp.sum(logprobs * weight, axis=1), jnp.all(best | (weight == 0), axis=1)
     return total.reshape(B, N), greedy.reshape(B, N)
 
@@ -106,7 +86,7 @@ def repeated(cache: Cache, n: int) -> Cache:
         return {"k": k, "v": v, "segments": jnp.repeat(part.segments, n, axis=0)}
 
     source = None if cache.source is None else cache.source._replace(**rows(cache.source))
-    return Cache(**rows(cache), length=cache.length, source=source)
+    return dataclasses.replace(cache, **rows(cache), source=source)
 
 
 def continuations(

@@ -1,23 +1,31 @@
 """Devices to a mesh, and logical axes to mesh axes.
 
-`data` repeats the model, `fsdp` splits weights over the same devices that split the batch, `tensor` splits heads, MLP
-and vocabulary.  Each parameter says what its axes *are* (see `jaxtune.typing`); this table says where they go.
+`slice` repeats the model over TPU slices, between which the network is slow; `data` repeats it within one, `fsdp`
+splits weights over the same devices that split the batch, `tensor` splits heads, MLP and vocabulary.  Each parameter
+says what its axes *are* (see `jaxtune.typing`); this table says where they go.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.errors import UserError
 from jaxtune.typing import Tree
 
-AXES = ("data", "fsdp", "tensor")
+# Of devices, or of sizes alone (`jaxtune.plan`).
+AnyMesh = Mesh | AbstractMesh
+
+AXES = ("slice", "data", "fsdp", "tensor")
+# Those over which the rows of a batch are split, and its sums go.
+BATCH = ("slice", "data", "fsdp")
 
 RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -33,43 +41,69 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what is left.
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None, *, slices: int = 1) -> Mesh:
+    """A mesh over all devices of all hosts; one size may be -1 and takes what is left.
+
+    Args:
+      slices: the size of `slice`: TPU slices, each of which holds data*fsdp*tensor devices.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `slices` are not those that there are.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    total = sizes[0] * sizes[1] * sizes[2]
-    if total != len(devices):
+    sizes = sizes_of(data, fsdp, tensor, len(devices), f"attached ({devices[0].platform})", slices=slices)
+    kinds, shape = (AxisType.Auto,) * len(AXES), tuple(sizes.values())
+    # Elsewhere the number means something else (GPUs: the host), or there is none.
+    there = {getattr(device, "slice_index", 0) for device in devices} if devices[0].platform == "tpu" else {0}
+    if len(there) == 1:
+        return jax.make_mesh(shape, AXES, devices=devices, axis_types=kinds)
+    if len(there) != shape[0]:
         raise UserError(
-            f"`mesh` is data={data} fsdp={fsdp} tensor={tensor}, which needs a multiple of {known} devices; "
-            f"{len(devices)} are attached ({devices[0].platform}). Set one axis to -1 to take what is left."
+            f"`mesh.slice` is {shape[0]}, and the {len(devices)} devices are of {len(there)} TPU slices. "
+            f"Set it to {len(there)}: what `fsdp` and `tensor` exchange in every layer is too much between slices."
         )
-    kinds = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=kinds)
+    inner, outer = (1, *shape[1:]), (shape[0], *(1,) * (len(AXES) - 1))
+    return Mesh(create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True), AXES, kinds)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def sizes_of(data: int, fsdp: int, tensor: int, count: int, which: str, *, slices: int = 1) -> dict[str, int]:
+    """{axis: size} over `count` devices; one size may be -1 and takes what is left.
+
+    Args:
+      which: those devices are, for the message.
+
+    Raises:
+      UserError: the sizes do not multiply to that many.
+    """
+    sizes: dict[str, int] = dict(zip(AXES, (slices, data, fsdp, tensor), strict=True))
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if count % known == 0:
+        sizes |= {axis: count // known for axis, size in sizes.items() if size == -1}
+    if math.prod(sizes.values()) != count:
+        asked = " ".join(f"{axis}={size}" for axis, size in sizes.items() if (axis, size) != ("slice", 1))
+        raise UserError(
+            f"`mesh` is {asked}, which needs a multiple of {known} devices; {count} are {which}. "
+            "Set one axis to -1 to take what is left."
+        )
+    return sizes
+
+
+def batch_shards(mesh: AnyMesh) -> int:
     """Into how many pieces a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch(mesh: Mesh, rows: int, what: str) -> None:
+def check_batch(mesh: AnyMesh, rows: int, what: str) -> None:
     """Refuses a batch that the mesh cannot split evenly, naming the nearest sizes that it can."""
     shards = batch_shards(mesh)
     if rows % shards:
         low, high = rows // shards * shards, -(-rows // shards) * shards
         legal = f"{low} or {high}" if low else f"{high}"
+        axes = [axis for axis in BATCH if axis != "slice" or mesh.shape[axis] > 1]
+        ways = "*".join(str(mesh.shape[axis]) for axis in axes)
         raise UserError(
-            f"{what} is {rows} rows, and the mesh splits a batch over data*fsdp = {mesh.shape['data']}*"
-            f"{mesh.shape['fsdp']} = {shards} devices. Nearest legal sizes: {legal} rows; or change `mesh`."
+            f"{what} is {rows} rows, and the mesh splits a batch over {'*'.join(axes)} = {ways} = {shards} devices. "
+            f"Nearest legal sizes: {legal} rows; or change `mesh`."
         )
 
 
@@ -90,7 +124,7 @@ def spec(mesh: Any, axes: Sequence[str | None], shape: Sequence[int]) -> Partiti
     return PartitionSpec(*out)
 
 
-def shardings(mesh: Mesh, abstract: Tree) -> Tree:
+def shardings(mesh: AnyMesh, abstract: Tree) -> Tree:
     """A sharding for every leaf; `LogicallyPartitioned` boxes by their axes, everything else replicated."""
 
     def one(leaf: Any) -> NamedSharding:
@@ -101,10 +135,20 @@ def shardings(mesh: Mesh, abstract: Tree) -> Tree:
     return jax.tree.map(one, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def platform() -> str:
+    """Of the devices that a program is traced for: cpu | gpu | tpu.
+
+    The mesh of `jax.set_mesh` knows.  The default backend would be wrong where a program is compiled for a TPU that is
+    not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of a batch [B, ...] (or [A, B, ...] with one leading axis): rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+def batch_sharding(mesh: AnyMesh, leading: int = 0) -> NamedSharding:
+    """Of a batch [B, ...] (or [A, B, ...] with one leading axis): rows over slice, data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH))

@@ -104,15 +104,21 @@ def lines_until(data: bytes, step: int) -> bytes:
 
 
 class StepLog:
-    """Takes each step's metrics while they are still being computed; logs them when the next step has been started."""
+    """Takes each step's metrics while they are still being computed; logs them when the next step has been started.
 
-    def __init__(self, log: MetricsLog, progress: Progress):
+    Args:
+      chips: that share the work.  peak: FLOP/s of all of them; None: not known, and so no MFU.
+    """
+
+    def __init__(self, log: MetricsLog, progress: Progress, chips: int = 1, peak: float | None = None):
         self._log, self._progress = log, progress
+        self._chips, self._peak = chips, peak
         self._waiting: tuple[int, Mapping[str, int], Mapping[str, Any]] | None = None
         self._clock = time.monotonic()
 
     def add(self, step: int, metrics: Mapping[str, Any], **counts: int) -> None:
-        """metrics: device scalars of step `step`.  counts: numbers known on the host (`tokens`, `rows`)."""
+        """metrics: device scalars of step `step`.  counts: numbers known on the host: `tokens` that are no padding,
+        `rows`, and where known `slots`, the tokens with the padding, and `flop`, what the step is worth."""
         self.flush()
         self._waiting = (step, counts, metrics)
 
@@ -128,14 +134,26 @@ class StepLog:
         values = {name: float(value) for name, value in metrics.items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        self._log.write(step, {**values, **counts, "seconds": seconds})
+        counts, tokens = dict(counts), counts["tokens"]
+        slots, flop = counts.pop("slots", None), counts.pop("flop", None)
+        filled = tokens / slots if slots else None
+        speed: dict[str, float | None] = {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None,
+        }
+        speed["tokens_per_second_per_chip"] = tokens / seconds / self._chips if seconds else None
+        mfu = flop / seconds / self._peak if flop and seconds and self._peak else None
+        speed |= {} if mfu is None else {"mfu": mfu}
+        self._log.write(step, {**values, **counts, **({"fill": filled} if slots else {}), **speed})
         if not math.isfinite(values["loss"]):
             raise DivergedError(
                 f"The loss of step {step} is {values['loss']}. Earlier checkpoints are intact. "
                 "Lower `optim.learning_rate`, or set `optim.max_grad_norm`."
             )
-        rate, tokens = values["learning_rate"], counts["tokens"]
-        self._progress.step(step, loss=values["loss"], learning_rate=rate, tokens=tokens, seconds=seconds)
+        rate = values["learning_rate"]
+        self._progress.step(
+            step, loss=values["loss"], learning_rate=rate, tokens=tokens, seconds=seconds, filled=filled, mfu=mfu
+        )
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Logs an evaluation: `eval_loss`, and what else there is."""

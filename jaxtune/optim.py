@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import adamw8bit, tree
 from jaxtune import mesh as meshes
@@ -123,7 +123,7 @@ def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def state_shardings(
-    mesh: Mesh, abstract_state: Tree, trainable: dict[str, jax.Array], *, offload: bool = False
+    mesh: meshes.AnyMesh, abstract_state: Tree, trainable: dict[str, Any], *, offload: bool = False
 ) -> Tree:
     """A sharding for every optimiser leaf: its weight's where it has its weight's path and shape; where it has as many
     axes (one number for each block of them), the weight's for those that it divides; else replicated.
@@ -144,7 +144,7 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(one, abstract_state)
 
 
-def _dividing(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+def _dividing(mesh: meshes.AnyMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
     """`spec`, without the axes that it does not split into equal parts."""
     ways = [math.prod(mesh.shape[n] for n in ((e,) if isinstance(e, str) else e or ())) for e in spec]
     return PartitionSpec(*(e if size % w == 0 else None for e, size, w in zip(spec, shape, ways, strict=False)))

@@ -20,6 +20,7 @@ from jaxtune.errors import ExportError
 from jaxtune.hf.adapters import PeftAdapter, adapter_tensors, place_adapters, save_adapter
 from jaxtune.hf.base import Base
 from jaxtune.hf.merge import TOLERANCE, difference
+from jaxtune.hosts import whole
 from jaxtune.lm import decoder_reads, forward_logits
 from jaxtune.peft.method import from_variables, virtual_of
 from jaxtune.typing import Tree
@@ -52,7 +53,7 @@ def logits_of(base: Base, mesh: Mesh, variables: Tree, peft: PeftAdapter | None)
             tokens = decoder_reads(ids, model.config.start_id, before, tasks)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             found = forward_logits(model, variables, tokens, np.ones_like(tokens), source)
-        return np.asarray(found)[:, -LENGTH:]
+        return whole(found)[:, -LENGTH:]
 
     return logits
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxtune import tree
+from jaxtune import hosts, tree
 from jaxtune.adapt import Adapted
 from jaxtune.errors import UserError
 from jaxtune.hf import handover, hub
@@ -107,6 +107,7 @@ def export(
         peft = PeftAdapter(lora, lora.Config(target_modules=NO_TARGETS, modules_to_save=names), {}, None)
         variables |= to_variables(whole)
     peft = peft._replace(trained_over=base.as_trained_over())
+    variables |= {name: hosts.replicated(mesh, part) for name, part in variables.items() if name != "params"}
     changes = adapted.peft is not None  # otherwise the base is no longer what it was
     write_adapter(where, base, mesh, variables, peft, name, readme=readme, say=say, changes=changes)
     return where

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxtune import tree
-from jaxtune.loss import batch_loss
+from jaxtune.loss import batch_loss, batch_losses
 from jaxtune.state import State
 from jaxtune.typing import Tree
 
@@ -29,6 +29,7 @@ def train_step(
     optimiser: optax.GradientTransformation,
     schedule: optax.Schedule,
     seed: int,
+    z_loss: float = 0.0,
     penalty: Callable[..., Float[Array, ""]] | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """One update from a global batch of A micro-batches, [A, B, T].
@@ -38,18 +39,21 @@ def train_step(
     micro-batch).
 
     Args:
-      penalty: (trainable, frozen) to what a method adds to the loss; the loss that is reported is without it.
+      z_loss: of `jaxtune.loss.cross_entropy`.  penalty: (trainable, frozen) to what a method adds to the loss.  The
+        loss that is reported is without both: it is that of evaluation, and of runs that have neither.
     """
     total = jnp.sum(batch["weights"])
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss_of(trainable, micro, index):
         variables = tree.unflatten(structure, frozen | trainable)
-        return batch_loss(model, variables, micro, jax.random.fold_in(key, index)) / jnp.maximum(total, 1.0)
+        both = batch_losses(model, variables, micro, jax.random.fold_in(key, index), z_loss)
+        trained, entropy = (x / jnp.maximum(total, 1.0) for x in both)
+        return trained, entropy
 
     def accumulate(carry, xs):
-        value = jax.value_and_grad(loss_of)(state.trainable, *xs)
-        return jax.tree.map(jnp.add, carry, value), None
+        (_, entropy), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, *xs)
+        return jax.tree.map(jnp.add, carry, (entropy, grads)), None
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trainable))
     (loss, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(batch["weights"].shape[0])))

@@ -5,7 +5,7 @@ The same command goes on where the run stopped, however it was stopped, and ends
 
 import contextlib
 import functools
-import math
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from jaxtune import (
     adapt,
     answers,
     cli,
+    compiler,
     config,
     deterministic,
+    hosts,
     measure,
     optim,
+    profile,
     results,
     rundir,
     scoring,
@@ -32,8 +35,16 @@ from jaxtune import mesh as meshes
 from jaxtune.cadence import cadence
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.console import Console, Progress
-from jaxtune.data.batches import Batch, eval_batches, real_tokens
-from jaxtune.data.splits import fingerprint, read_prompts, read_splits, rows_to_train, train_batches
+from jaxtune.data.batches import Batch, empty, real_tokens, slots
+from jaxtune.data.splits import (
+    fingerprint,
+    held_batches,
+    lengths_ahead,
+    plan_course,
+    read_prompts,
+    read_splits,
+    train_batches,
+)
 from jaxtune.hf import hub
 from jaxtune.hf.base import open_base
 from jaxtune.hf.card import Run
@@ -42,6 +53,7 @@ from jaxtune.lm import encode_prompt
 from jaxtune.metrics import MetricsLog
 from jaxtune.models import decoder_start
 from jaxtune.origin import check_path, find_start, inexact
+from jaxtune.plan.check import check_memory, speed_of
 from jaxtune.quant import scheme_of
 from jaxtune.rundir import STOPPED
 from jaxtune.signals import stop_requests
@@ -52,17 +64,21 @@ from jaxtune.tokenizer import load_tokenizer
 
 def main(argv: Sequence[str]) -> int:
     arguments = cli.parse("jaxtune.train", argv, __doc__ or "")
-    workdir = rundir.open_workdir(arguments.workdir)
+    workdir: Path = arguments.workdir
     c: Any = arguments.config
     deterministic.ask(c.train.deterministic)
-    first = jax.process_index() == 0  # alone writes to the run directory
+    hosts.start()
+    compiler.keep_programs()
+    first = hosts.first()  # alone writes to the run directory
     record = rundir.RunRecord(workdir, arguments.command, quiet=not first)
     with (
-        rundir.run_lock(workdir) if first else contextlib.nullcontext(),
+        hosts.together(record.fail),
+        rundir.run_lock(rundir.open_workdir(workdir)) if first else contextlib.nullcontext(),
         Console(workdir / "log.txt", quiet=not first) as console,
-        stop_requests() as stop,
+        stop_requests(several=hosts.several()) as stop,
     ):
         try:
+            hosts.check_shared(workdir)
             with storage.synced(c.storage.sync_to if first else None, workdir, console.say) as saved:
                 code = train(c, workdir, console, stop, record.start, record.note, saved)
                 record.end(code)
@@ -103,23 +119,24 @@ def train(
     results.check_push(plain)
     optim.check_offload(c.optim)
     samples, latest = workdir / "samples.jsonl", []  # latest: the answers of the evaluation before
-    first = jax.process_index() == 0
+    first, stopping = hosts.first(), hosts.stopping(stop)
 
     # ---------------------------------------------------------------- Data: tokenised before a weight is loaded
     quant = scheme_of(c.model.quant, c.model.double_quant, c.model.quant_embedding)
-    how = {"dtype": c.model.dtype, "remat": c.train.remat == "full", "quant": quant}
+    how = {"dtype": c.model.dtype, "remat": c.train.remat, "unroll": c.train.unroll_layers, "quant": quant}
     base = open_base(c.model.id, revision=c.model.revision, **how)
     results.check_quantised(plain, base)
     adapt.check_targets(plain["peft"], base)
     tokenizer = load_tokenizer(base.directory)
     virtual = adapt.virtual_tokens(plain["peft"], base)
     start_id = decoder_start(base.hf_config)
-    rows, held, length = read_splits(c.data, tokenizer, console.say, virtual, start_id)
+    rows, held, length = splits = read_splits(c.data, tokenizer, console.say, virtual, start_id)
     prompts = read_prompts(c.data, tokenizer, c.evaluate.samples, virtual, start_id)
     size, turns = c.train.global_batch_size, c.train.gradient_accumulation_steps
-    end = rows_to_train(c.train, rows)
-    total = math.ceil(end / size)
-    evaluates, saves = cadence(c.train, "eval", rows), cadence(c.train, "save", rows)
+    course = plan_course(c.data, c.train, splits, console.say)
+    total = course.steps
+    profile.check(c.logging.profile, total)
+    evaluates, saves = (cadence(c.train, what, rows, course.epochs_done) for what in ("eval", "save"))
     if c.optim.warmup_steps >= total:
         console.say(
             f"WARNING: `optim.warmup_steps` is {c.optim.warmup_steps} and the run has {total} steps, so that it never "
@@ -127,17 +144,21 @@ def train(
         )
 
     # ---------------------------------------------------------------- Devices
-    mesh = meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    mesh = meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, slices=c.mesh.slice)
     eval_size = c.evaluate.batch_size or size // turns
     meshes.check_batch(mesh, size // turns, "`train.global_batch_size` / `train.gradient_accumulation_steps`")
     meshes.check_batch(mesh, eval_size, "`evaluate.batch_size`")
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    check_memory(c, base, length, console.say)
+    read = {"rows": fingerprint(rows), "held rows": fingerprint(held) if held else "", "base": base.fingerprint}
+    hosts.agree({**config.flatten(plain), **read, "jaxtune": hosts.code(), "jax": jax.__version__})
 
     def put(batch: Batch, turns: int | None = None) -> dict[str, jax.Array]:
         """A batch on its devices: [B, T] each, or [A, B/A, T] for `turns` = A micro-batches."""
         where = meshes.batch_sharding(mesh, leading=turns is not None)
         cut = {k: v if turns is None else v.reshape(turns, -1, v.shape[1]) for k, v in batch.items()}
-        return {k: jax.make_array_from_process_local_data(where, v) for k, v in cut.items()}
+        # Every host has made the same batch, and puts on its devices what belongs there: so rows have the same places
+        # on any number of hosts.
+        return {k: jax.make_array_from_callback(v.shape, where, v.__getitem__) for k, v in cut.items()}
 
     with jax.set_mesh(mesh):
         # ------------------------------------------------------------ Model, adapters, optimiser
@@ -170,7 +191,8 @@ def train(
         score = jax.jit(functools.partial(eval_step, **parts))
 
         def eval_loss() -> float:
-            batches = eval_batches(held, eval_size, length, **share) if held else []
+            how = {"widths": course.widths, "packed": c.data.packing}
+            batches = held_batches(held, eval_size, length, **how) if held else []
             return answers.mean_loss(lambda batch: score(state.trainable, frozen, put(batch)), batches)
 
         def answer(trainable: dict[str, jax.Array]) -> list[str]:
@@ -195,13 +217,16 @@ def train(
             earlier = wandb_log.earlier(workdir)
             accepted(plain)
             rule = {"optimiser": optimiser(fresh_at), "schedule": schedule, "seed": c.train.seed}
-            step = jax.jit(functools.partial(train_step, **parts, **rule, penalty=adapted.penalty()), donate_argnums=0)
+            rule["z_loss"] = c.train.z_loss
+            step = compiler.step_of(functools.partial(train_step, **parts, **rule, penalty=adapted.penalty()))
             with (
                 wandb_log.opened(plain, workdir, earlier, note, console.say, quiet=not first) as send,
                 MetricsLog(workdir, start, c.logging.tensorboard, console.say, quiet=not first, also=send) as log,
                 Progress(console, total=total, start=start, log_every=c.train.log_every) as progress,
+                profile.profiled(workdir / "profile", c.logging.profile) as trace,
             ):
-                steps = steplog.StepLog(log, progress)
+                speed = speed_of(base, adapted.trainable, c.model.dtype, length)
+                steps = steplog.StepLog(log, progress, speed.chips, speed.peak)
 
                 # ---------------------------------------------------- Before the first step
                 if start:
@@ -209,22 +234,30 @@ def train(
                     inexact(start, fresh_at, console.say, note)
                 elif held:
                     steps.evaluation(0, evaluation())
-                if prompts and not (start and answers.has_answers(samples, prompts)):
-                    answers.write_answers(samples, prompts, before=latest or answer(adapted.trainable))
-                if stop:
+                if prompts and not hosts.said_by_first(bool(start) and answers.has_answers(samples, prompts)):
+                    before = latest or answer(adapted.trainable)
+                    if first:
+                        answers.write_answers(samples, prompts, before=before)
+                if stopping():
                     return STOPPED
 
                 # ---------------------------------------------------- Loop
-                order: dict[str, Any] = {"batch_size": size, "seed": c.train.seed, "shuffle": c.data.shuffle, **share}
+                order: dict[str, Any] = {"batch_size": size, "seed": c.train.seed, "shuffle": c.data.shuffle}
                 scores: dict[str, float] = {}
+                for ahead in lengths_ahead(splits, course, **order, start_row=cursor):
+                    # A step's program is found again when it is called; so no step waits for a compiler but the first.
+                    step.lower(state, frozen, put(empty(size, ahead), turns)).compile()
                 steps.restart_clock()
-                coming = train_batches(rows, **order, start_row=cursor, stop_row=end, length=length)
-                for batch, cursor in coming:
+                order |= {"widths": course.widths, "packed": course.packing or c.data.packing}
+                coming = train_batches(rows, **order, start_row=cursor, stop_row=course.stop_row, length=length)
+                for batch, cursor in itertools.islice(coming, max(total - n, 0)):
                     n += 1
+                    trace(n, state)
                     state, metrics = step(state, frozen, put(batch, turns))
-                    steps.add(n, metrics, tokens=real_tokens(batch), rows=cursor)
+                    counts = {"tokens": real_tokens(batch), "slots": slots(batch), "flop": speed.of(batch)}
+                    steps.add(n, metrics, **counts, rows=cursor)
                     evaluating = held and (n == total or evaluates(n))
-                    if evaluating or stop or n == total or saves(n):
+                    if evaluating or stopping() or n == total or saves(n):
                         steps.flush()
                         scores = evaluation() if evaluating else {}
                         if scores:
@@ -232,7 +265,7 @@ def train(
                         kept = to_save(state, optimiser=c.checkpoint.save_optim)
                         checkpoints.save(n, kept, rows=cursor, metrics=scores)
                         steps.restart_clock()
-                    if stop and n < total:
+                    if stopping() and n < total:
                         return STOPPED
             checkpoints.wait()
 
@@ -242,12 +275,15 @@ def train(
         scores = {name: value for name, value in scores.items() if name in scoring.LOSSES}
         if prompts:
             after = latest or answer(state.trainable)
-            scores |= scoring.before_and_after(samples, prompts, after, console, **scored_by)
+            if first:
+                scores |= scoring.before_and_after(samples, prompts, after, console, **scored_by)
         took = {"trainable_parameters": tree.count(adapted.trainable), "peak_memory_bytes": steplog.peak_memory()}
         note(base_parameters=tree.count(base.abstract), **took)
         if first:
             rundir.write_json_atomic(workdir / "eval.json", {"step": n, **scores})
-        where = results.export(workdir, base, mesh, adapted, state.trainable, Run(plain, scores), console.say)
+        with hosts.place(workdir) as place:
+            run = Run(plain, scores)
+            where = results.export(place, base, mesh, adapted, state.trainable, run, console.say)
         console.say(results.how_to_load(where, base))
         if c.export.push_to_hub and first:
             hub.publish(where, c.export.push_to_hub, private=c.export.private, say=console.say)

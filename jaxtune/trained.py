@@ -262,7 +262,7 @@ def changed(c: Any, arguments: Any) -> Any:
 def mesh_of(c: Any, say: Callable[[str], None]) -> Mesh:
     """The run's mesh, or all devices of this machine in `fsdp` where it was for others."""
     try:
-        return meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+        return meshes.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, slices=c.mesh.slice)
     except UserError as error:
         say(f"{error}\n  Here: data=1, fsdp={jax.device_count()}, tensor=1")
         return meshes.make_mesh(1, -1, 1)

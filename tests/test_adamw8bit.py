@@ -239,7 +239,7 @@ class AdaLoraRun:
         c.peft.update({"method": "adalora", "target_modules": ("q_proj", "down_proj"), "init_r": 6, "target_r": 2})
         c.optim.update({"name": "adamw8bit", "learning_rate": 3e-3, "max_grad_norm": 0.1})
         self.mesh = meshes.make_mesh(1, 2, 1, devices=jax.devices()[:2])
-        base = open_base(str(directory), remat=True)
+        base = open_base(str(directory), remat="full")
         with jax.set_mesh(self.mesh):
             how = {"dtype": "float32", "seed": 0, "total_steps": 8, "encode": lambda text: [3]}
             self.adapted = adapt(to_json(c)["peft"], base, self.mesh, **how)

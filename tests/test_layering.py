@@ -11,7 +11,7 @@ TIERS = (
     "errors typing tree",
     "rundir cadence storage scoring questions origin kept identity answers tensorboard metrics wandb_log console "
     "signals data spm tokenizer scores",
-    "mesh layers attention quant",
+    "hosts mesh layers attention quant remat compiler profile",
     "models peft",
     "hf checkpoint deterministic adamw8bit optim loss state step steplog peek",
     "defaults config",  # Read by commands alone, which unpack it into arguments.

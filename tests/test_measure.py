@@ -13,7 +13,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import jaxtune
-from jaxtune import evaluate, likelihood, loss, measure, trained
+from jaxtune import evaluate, likelihood, measure, trained
 from jaxtune import mesh as meshes
 from jaxtune.config import ASSETS, get_default
 from jaxtune.data.examples import Prompt
@@ -43,7 +43,7 @@ def test_lengths_are_few_and_fit():
 @pytest.mark.parametrize("name", ["gemma3", "t5_v11"])
 def test_continuations_equal_transformers(checkpoint, name, monkeypatch):
     """Prompts and continuations of different lengths and numbers, a greedy one among them, logits in chunks."""
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr("jaxtune.loss.how.CHUNK_TOKENS_CPU", 16)
     model, directory = checkpoint(name)
     lm = jaxtune.load(directory)
     rng = np.random.default_rng(0)

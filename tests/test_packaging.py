@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # The packages of extras that jaxtune/ itself imports.
-OPTIONAL = ("wandb", "lm-eval")
+OPTIONAL = ("wandb", "lm-eval", "tokamax", "absl-py")
 
 
 def run(*words):

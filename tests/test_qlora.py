@@ -150,7 +150,7 @@ def test_a_mesh_changes_nothing(base):
 def test_no_dequantised_stack_in_the_program(base):
     """Of the compiled step without remat: no array of the stack's shape in a float, and no room for one."""
     rows = ragged_rows(2)
-    plain, packed = (Run(base, config(), quant=scheme_of(q), remat=False).compiled(rows) for q in (None, "nf4"))
+    plain, packed = (Run(base, config(), quant=scheme_of(q), remat="none").compiled(rows) for q in (None, "nf4"))
     layers, width, hidden = 4, SIZES["hidden_size"], SIZES["intermediate_size"]
     stack = re.compile(rf"(f32|bf16|f16)\[{layers},({width},{hidden}|{hidden},{width})\]")
     assert stack.search(plain.as_text())  # that this is how one would be found

@@ -204,7 +204,7 @@ def chains(place, reference):
 
 def exact(line: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl with its floats in hexadecimal, without the time it took."""
-    return {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k != "seconds"}
+    return {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k not in tiny_run.TIMED}
 
 
 def arrays_of(step: Path) -> dict[str, np.ndarray]:

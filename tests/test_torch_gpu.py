@@ -310,6 +310,7 @@ REFUSED = {
     "mesh__fsdp=2": "`mesh.fsdp` is 2. On GPUs torchrun says",
     "mesh__tensor=2": "`mesh.tensor` is 2",
     "model__quant_embedding=True": "`model.quant_embedding` is true",
+    "train__z_loss=3.0": "`train.z_loss` is 3: transformers' losses have no such term",
     "model__double_quant=True": "`model.double_quant` is true, and `model.quant` is not nf4",
     "peft__method=full": "`peft.method` is full, which trains the base itself",
     "peft__method=partial": "take jaxtune.train",

@@ -102,13 +102,16 @@ def test_streamed_rows(tmp_path):
     lines = (ASSETS / "quickstart" / "train.jsonl").read_text().splitlines()[:20]
     train_file.write_text("\n".join(lines) + "\n")
     words.append(f"--config.data.train={train_file}")
-    _, whole = run(tmp_path / "whole", "configs/quickstart.py", *words)
+    _, whole = run(tmp_path / "whole", "configs/quickstart.py", *words, "--config.logging.profile=(2,3)")
     assert [step["rows"] for step in whole] == [8, 16, 24]
+    assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))  # a trace, which ends with the run
     run(tmp_path / "parts", "configs/quickstart.py", *words, "--config.train.steps=1")
     _, parts = run(tmp_path / "parts", "configs/quickstart.py", *words)
     assert [step["loss"] for step in parts] == [step["loss"] for step in whole]
     with pytest.raises(UserError, match=r"Set `train\.steps`"):
         run(tmp_path / "x", "configs/quickstart.py", *words, "--config.train.steps=none")
+    with pytest.raises(UserError, match=r"`logging\.profile` is \(3, 9\)"):
+        run(tmp_path / "y", "configs/quickstart.py", *words, "--config.logging.profile=(3,9)")
 
 
 def test_full_training_writes_a_checkpoint(tmp_path):

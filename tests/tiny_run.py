@@ -29,6 +29,8 @@ SMALL = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 STEPS = 48
+# What a line of metrics.jsonl says of the time it took.
+TIMED = {"seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu"}
 
 # 60 rows in batches of 8: six epochs and a part of the seventh.  Two micro-batches, dropout, a schedule with warm-up.
 RECIPE = """

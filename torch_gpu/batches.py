@@ -52,16 +52,24 @@ def trimmed(values: np.ndarray, segments: np.ndarray, virtual: int) -> np.ndarra
     return values[:, virtual:][:, : min(max(-(-longest // MULTIPLE) * MULTIPLE, MULTIPLE), own.shape[1])]
 
 
+def slots(batch: Batch, inputs: dict[str, Tensor], virtual: Virtual) -> int:
+    """What the model computes of a batch: with padding, and with the virtual tokens that peft puts before."""
+    two, rows = "source_tokens" in batch, len(inputs["input_ids"])
+    before = rows * virtual.count * (2 if two and virtual.decoder else 1)
+    return before + inputs["input_ids"].numel() + (inputs["labels"].numel() if two else 0)
+
+
 class Micro:
     """What a Trainer iterates over: the run's micro-batches from a row on, `turns` to a step, for this process.
 
-    cursor: the row after the step whose micro-batches were given out last.  tokens: of that step, in this process.
+    cursor: the row after the step whose micro-batches were given out last.  tokens, slots: of that step, in this
+    process, without padding and with it.
     """
 
     def __init__(self, rows: Any, *, virtual: Virtual, turns: int, steps: int, start_row: int, **how: Any):
         self._rows, self._virtual, self._turns, self._steps = rows, virtual, turns, steps
         self._how = {**how, "start_row": start_row}
-        self.cursor, self.tokens = start_row, 0
+        self.cursor, self.tokens, self.slots = start_row, 0, 0
 
     def __len__(self) -> int:
         """Of the whole run."""
@@ -69,6 +77,8 @@ class Micro:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch, cursor in train_batches(self._rows, **self._how):
+            parts = [{k: np.array_split(v, self._turns)[i] for k, v in batch.items()} for i in range(self._turns)]
+            micro = [to_inputs(part, self._virtual) for part in parts]
             self.cursor, self.tokens = cursor, real_tokens(batch)
-            for part in range(self._turns):
-                yield to_inputs({k: np.array_split(v, self._turns)[part] for k, v in batch.items()}, self._virtual)
+            self.slots = sum(slots(part, inputs, self._virtual) for part, inputs in zip(parts, micro, strict=True))
+            yield from micro

@@ -191,8 +191,8 @@ class Trainer(transformers.Trainer):
         Raises:
           DivergedError: the loss is not finite, with the module where that began.
         """
-        local = [float(self.local_loss), self.batches.tokens, bool(self.stop)]
-        loss, tokens, stopping = self.together(local)
+        local = [float(self.local_loss), self.batches.tokens, self.batches.slots, bool(self.stop)]
+        loss, tokens, slots, stopping = self.together(local)
         self.stopping = stopping > 0
         metrics = {
             "loss": loss,
@@ -200,7 +200,9 @@ class Trainer(transformers.Trainer):
             "learning_rate": self._get_learning_rate(),
             "target_tokens": float(self.targets),
         }
-        self.steps.add(self.state.global_step + 1, metrics, tokens=int(tokens), rows=self.batches.cursor)
+        self.steps.add(
+            self.state.global_step + 1, metrics, tokens=int(tokens), slots=int(slots), rows=self.batches.cursor
+        )
         if not math.isfinite(loss):
             where = half.first_not_finite(self.network, self.inputs)
             try:

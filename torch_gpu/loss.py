@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks of tokens, so that the logits of a batch never exist; as `jaxtune.loss` on TPUs.
+"""Cross-entropy in chunks of tokens, so that the logits of a batch never exist; as `jaxtune.loss` on GPUs.
 
 With Gemma's 256,000 words the logits of 2 x 1024 tokens are 2.1 GB in float32, and there would be several such arrays.
 Here only positions with a target count at all, `CHUNK_TOKENS` of them at a time, and the gradient is computed in the

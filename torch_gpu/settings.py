@@ -25,10 +25,21 @@ def check(plain: dict[str, Any]) -> None:
                 f"`mesh.{key}` is {value}. On GPUs torchrun says how many processes there are, each with a whole copy "
                 "of the model: leave `mesh` out, and run torchrun --nproc_per_node=N -m torch_gpu.train …"
             )
+    if plain["data"]["packing"]:
+        raise UserError(
+            "`data.packing` is true: transformers keeps the rows of a pack apart in few of its attentions, and would "
+            "let them see each other in the rest. Set it to false, or take jaxtune.train. Batches here are no wider "
+            "than their longest row."
+        )
     if plain["model"]["quant_embedding"]:
         raise UserError(
             "`model.quant_embedding` is true: transformers has no quantised embeddings. Set it to false, or take "
             "jaxtune.train."
+        )
+    if plain["train"]["z_loss"]:
+        raise UserError(
+            f"`train.z_loss` is {plain['train']['z_loss']:g}: transformers' losses have no such term. Set it to 0, or "
+            "take jaxtune.train."
         )
     if plain["model"]["double_quant"] and plain["model"]["quant"] != "nf4":
         raise UserError("`model.double_quant` is true, and `model.quant` is not nf4. Set `model.quant` to nf4.")
@@ -62,8 +73,11 @@ def check_batch(size: int, processes: int, name: str) -> None:
 
 
 def remat(c: Any, say: Callable[[str], None]) -> bool:
-    """Whether layers are computed again in the backward pass.  transformers drops a prefix where they are."""
-    wanted = c.train.remat == "full"
+    """Whether layers are computed again in the backward pass.  transformers drops a prefix where they are, and knows
+    none of the policies between all and nothing."""
+    wanted = c.train.remat != "none"
+    if wanted and c.train.remat != "full":
+        say(f"`train.remat` is full here: transformers has no {c.train.remat!r}")
     if wanted and c.peft.method == "prefix_tuning":
         say("`train.remat` is none here: transformers' checkpointing drops the keys and values of a prefix")
         return False

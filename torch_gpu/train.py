@@ -158,7 +158,7 @@ def train(
         for line in method.handed_over(plain["peft"], adapted, linear, over):
             console.say(f"WARNING: {c.peft.init_from}: {line}")
     remat = settings.remat(c, console.say)
-    share = {"process_index": processes.index, "process_count": processes.count}
+    share: dict[str, Any] = {"process_index": processes.index, "process_count": processes.count}
 
     @torch.no_grad()
     def score(batch: Any) -> tuple[float, float]:

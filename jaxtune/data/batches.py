@@ -1,8 +1,12 @@
-"""Rows into batches of one static shape, and a position that survives everything.
+"""Rows into batches of few static shapes, and a position that survives everything.
 
 The position in the data counts rows, not batches: row p of the stream is row `row_order(n, seed, p // n)[p % n]` of the
 dataset.  So the order is a pure function of seed and position, and a run that stops at row p goes on at row p with any
-batch size and any number of processes, without losing or repeating a row.
+batch size and any number of processes, without losing or repeating a row.  (With `data.packing` the rows of an epoch
+are permuted once more: `data.packing`.)
+
+A batch is as wide as its rows need, of the `widths` that there are (`data.buckets`): those of the whole batch, so that
+all processes take the same.
 """
 
 import functools
@@ -13,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64, Shaped
 
 from jaxtune.data import seq2seq
+from jaxtune.data.buckets import MULTIPLE, needed, needs, width_for, with_width
 from jaxtune.data.examples import Example
 from jaxtune.data.load import Dataset
 from jaxtune.data.seq2seq import EncoderDecoder, Lengths
@@ -22,10 +27,10 @@ from jaxtune.errors import DataError, UserError
 # tokens, targets, positions, segment_ids: int32 [B, T]; weights: float32 [B, T].  Of an encoder-decoder these are the
 # decoder's, and there are source_tokens, source_segment_ids: int32 [B, S].
 Batch = dict[str, Shaped[np.ndarray, "B _"]]
-# Static lengths are multiples of this.
-MULTIPLE = 32
 # (tokens, mask) of one row; rows differ in length.
 Pair = tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]]
+# Above 0 in slots that hold a token.
+SEGMENTS = ("segment_ids", "source_segment_ids")
 
 
 @functools.lru_cache(maxsize=4)
@@ -77,6 +82,7 @@ def batches(
     start_row: int,
     stop_row: int | None,
     length: int | Lengths,
+    widths: Sequence[int] = (),
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[tuple[Batch, int]]:
@@ -85,16 +91,17 @@ def batches(
     `batch_size` is global; each process gets its contiguous part, batch_size / process_count rows.  A last batch
     that `stop_row` cuts is filled with empty rows.
 
+    Args:
+      length: the static length that fits every row.  widths: shorter ones that a batch may have instead.
+
     Raises:
       UserError: `batch_size` cannot be shared by the processes.
     """
-    part = _part(batch_size, process_index, process_count)
+    part = part_of(batch_size, process_index, process_count)
     while stop_row is None or start_row < stop_row:
         end = start_row + batch_size if stop_row is None else min(start_row + batch_size, stop_row)
-        # Only this process's rows are looked up.
-        first, last = (min(start_row + edge, end) for edge in (part.start, part.stop))
-        ids = row_ids(first, last, len(dataset), seed=seed, shuffle=shuffle)
-        yield collate([dataset.example(int(i)) for i in ids], part.stop - part.start, length), end
+        ids = row_ids(start_row, end, len(dataset), seed=seed, shuffle=shuffle)
+        yield _batch([dataset.example(int(i)) for i in ids], part, length, widths), end
         start_row = end
 
 
@@ -105,35 +112,40 @@ def stream_batches(
     start_row: int,
     stop_row: int | None,
     length: int | Lengths,
+    widths: Sequence[int] = (),
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[tuple[Batch, int]]:
     """`batches` over rows in the order they arrive.  `open_examples` is called once an epoch, and resuming at
     `start_row` reads and skips that many examples."""
-    part = _part(batch_size, process_index, process_count)
+    part = part_of(batch_size, process_index, process_count)
     stream = islice(_epochs(open_examples), start_row, stop_row)
     while taken := list(islice(stream, batch_size)):
         start_row += len(taken)
-        pairs = [(example.tokens, example.mask) for example in taken[part]]
-        yield collate(pairs, part.stop - part.start, length), start_row
+        yield _batch([(example.tokens, example.mask) for example in taken], part, length, widths), start_row
 
 
 def eval_batches(
-    dataset: Dataset, batch_size: int, length: int | Lengths, process_index: int = 0, process_count: int = 1
+    dataset: Dataset,
+    batch_size: int,
+    length: int | Lengths,
+    process_index: int = 0,
+    process_count: int = 1,
+    widths: Sequence[int] = (),
 ) -> Iterator[Batch]:
-    """Every row once, in order; the last batch is filled with empty rows."""
-    options = {"process_index": process_index, "process_count": process_count}
-    for batch, _ in batches(
-        dataset,
-        batch_size=batch_size,
-        seed=0,
-        shuffle=False,
-        start_row=0,
-        stop_row=len(dataset),
-        length=length,
-        **options,
-    ):
-        yield batch
+    """Every row once, in order, or the longest first where there are `widths`; the last batch is filled with empty
+    rows."""
+    part, n = part_of(batch_size, process_index, process_count), len(dataset)
+    order = np.argsort(-needs(dataset, length), kind="stable") if widths else np.arange(n)
+    for start in range(0, n, batch_size):
+        yield _batch([dataset.example(int(i)) for i in order[start : start + batch_size]], part, length, widths)
+
+
+def _batch(rows: Sequence[Pair], part: slice, length: int | Lengths, widths: Sequence[int]) -> Batch:
+    """A process's part of a global batch."""
+    if widths:
+        length = with_width(length, width_for(max(needed(row, length) for row in rows), widths, length))
+    return collate(rows[part], part.stop - part.start, length)
 
 
 def collate(rows: Sequence[Pair], batch_size: int, length: int | Lengths) -> Batch:
@@ -146,25 +158,47 @@ def collate(rows: Sequence[Pair], batch_size: int, length: int | Lengths) -> Bat
     """
     if isinstance(length, Lengths):
         return seq2seq.collate(rows, batch_size, length)
+    return collate_packs([[row] for row in rows], batch_size, length)
+
+
+def collate_packs(packs: Sequence[Sequence[Pair]], batch_size: int, length: int) -> Batch:
+    """`collate` for packs: the rows of one lie behind each other, with segment ids 1, 2, 3, … and positions from 0 in
+    each; no target reaches into the next.
+
+    Raises:
+      ValueError: as `collate`.
+    """
     names = ("tokens", "targets", "positions", "segment_ids")
     batch: Batch = {name: np.zeros((batch_size, length), np.int32) for name in names}
     batch["weights"] = np.zeros((batch_size, length), np.float32)
-    if len(rows) > batch_size or any(len(tokens) > length for tokens, _ in rows):
-        longest = max((len(tokens) for tokens, _ in rows), default=0)
-        raise ValueError(f"{len(rows)} rows of up to {longest} tokens do not fit in [{batch_size}, {length}].")
-    for i, (tokens, mask) in enumerate(rows):
-        n = len(tokens)
-        batch["tokens"][i, :n] = tokens
-        batch["targets"][i, : n - 1] = tokens[1:]
-        batch["weights"][i, : n - 1] = mask[1:]
-        batch["positions"][i, :n] = np.arange(n)
-        batch["segment_ids"][i, :n] = 1
+    longest = max((sum(len(tokens) for tokens, _ in rows) for rows in packs), default=0)
+    if len(packs) > batch_size or longest > length:
+        raise ValueError(f"{len(packs)} rows of up to {longest} tokens do not fit in [{batch_size}, {length}].")
+    for i, rows in enumerate(packs):
+        end = 0
+        for segment, (tokens, mask) in enumerate(rows, 1):
+            start, end = end, end + len(tokens)
+            batch["tokens"][i, start:end] = tokens
+            batch["targets"][i, start : end - 1] = tokens[1:]
+            batch["weights"][i, start : end - 1] = mask[1:]
+            batch["positions"][i, start:end] = np.arange(len(tokens))
+            batch["segment_ids"][i, start:end] = segment
     return batch
+
+
+def empty(batch_size: int, length: int | Lengths) -> Batch:
+    """A batch of padding."""
+    return collate([], batch_size, length)
 
 
 def real_tokens(batch: Batch) -> int:
     """What a batch holds beside padding, on both sides where it has two."""
-    return sum(int(v.sum()) for name, v in batch.items() if name in ("segment_ids", "source_segment_ids"))
+    return sum(int(np.count_nonzero(batch[name])) for name in SEGMENTS if name in batch)
+
+
+def slots(batch: Batch) -> int:
+    """The same with the padding."""
+    return sum(batch[name].size for name in SEGMENTS if name in batch)
 
 
 def _epochs(open_examples: Callable[[], Iterator[Example]]) -> Iterator[Example]:
@@ -176,7 +210,12 @@ def _epochs(open_examples: Callable[[], Iterator[Example]]) -> Iterator[Example]
             raise DataError("The stream has no rows. Each epoch must be opened anew.")
 
 
-def _part(batch_size: int, process_index: int, process_count: int) -> slice:
+def part_of(batch_size: int, process_index: int, process_count: int) -> slice:
+    """A process's rows of a global batch.
+
+    Raises:
+      UserError: the processes cannot share it.
+    """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"The global batch of {batch_size} rows cannot be shared by {process_count} processes. "

@@ -6,9 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from jaxtune.data.batches import Batch, batches, fit_length, fit_lengths, stream_batches
+import numpy as np
+
+from jaxtune.data import buckets, packing
+from jaxtune.data.batches import Batch, batches, eval_batches, fit_length, fit_lengths, row_ids, stream_batches
 from jaxtune.data.examples import Example, Prompt
 from jaxtune.data.load import Dataset, load_dataset, load_prompts, report, stream_examples
+from jaxtune.data.packing import Packing
 from jaxtune.data.seq2seq import EncoderDecoder, Lengths, sides
 from jaxtune.data.virtual import NONE, Virtual, by_column
 from jaxtune.errors import UserError
@@ -29,7 +33,7 @@ class Stream(NamedTuple):
 
 class Splits(NamedTuple):
     """train, held: the rows (held: None without `data.eval`).  length: the static length that fits both, or those of an
-    encoder-decoder's two sides."""
+    encoder-decoder's two sides; with `data.packing` that of a pack."""
 
     train: Dataset | Stream
     held: Dataset | None
@@ -50,12 +54,17 @@ def read_splits(
         reads first (`jaxtune.models.decoder_start`); None: a decoder alone.
 
     Raises:
-      DataError, MissingInputError, NetworkError, UserError: as `load_dataset`, `by_column` and `seq2seq.sides`.
+      DataError, MissingInputError, NetworkError, UserError: as `load_dataset`, `by_column`, `seq2seq.sides` and
+        `packing.check`.
     """
+    if c.packing:
+        packing.check(start_id)
     source = _source(c, virtual, start_id) | {"on_bad_row": c.on_bad_row}
     seq2seq: EncoderDecoder | None = source["seq2seq"]
 
     def fit(*datasets: Dataset | None) -> int | Lengths:
+        if c.packing:
+            return packing.slots_of(c.max_length, virtual.count)
         read = [dataset for dataset in datasets if dataset is not None]
         if seq2seq is None:
             return fit_length(read, c.max_length, virtual=virtual.count)
@@ -103,11 +112,110 @@ def rows_to_train(c: Any, rows: Dataset | Stream) -> int:
     return max(1, math.ceil(c.epochs * len(rows)))
 
 
-def train_batches(rows: Dataset | Stream, *, seed: int, shuffle: bool, **where: Any) -> Iterator[tuple[Batch, int]]:
-    """(batch, next row) of either kind; `where` as in `batches`."""
+class Course(NamedTuple):
+    """A run's way through its rows.
+
+    steps: optimiser steps in all.  stop_row: where the cursor ends; None: after `steps`, wherever that is.  widths: the
+    static lengths of batches; none: `Splits.length` alone.  packing: of `data.packing` and rows that are all there.
+    epochs_done: how many epochs are complete after a step; None: rows / batch size says it.
+    """
+
+    steps: int
+    stop_row: int | None
+    widths: tuple[int, ...] = ()
+    packing: Packing | None = None
+    epochs_done: Callable[[int], int] | None = None
+
+
+def plan_course(data: Any, train: Any, splits: Splits, say: Callable[[str], None] = lambda line: None) -> Course:
+    """The course of `config.data` and `config.train`.  It depends on the lengths of the rows, not on how many processes
+    there are or where a run resumes.
+
+    Args:
+      say: takes how much of the slots the packs fill.
+
+    Raises:
+      UserError: as `rows_to_train`.
+    """
+    rows, size = splits.train, train.global_batch_size
+    if not data.packing:
+        stop = rows_to_train(train, rows)
+        return Course(math.ceil(stop / size), stop, _widths(data, train, splits))
     if isinstance(rows, Stream):
-        return stream_batches(rows.open, **where)
-    return batches(rows, seed=seed, shuffle=shuffle, **where)
+        return Course(rows_to_train(train, rows) // size, None)  # refuses epochs
+    assert isinstance(splits.length, int)
+    packs = packing.packing_of(rows, splits.length, seed=train.seed, shuffle=data.shuffle)
+    for line in packing.report(packs, size):
+        say(line)
+    if train.steps is not None:
+        steps, stop = train.steps, None
+    else:
+        stop = rows_to_train(train, rows)
+        steps = math.ceil(packing.packs_until(packs, stop) / size)
+    return Course(steps, stop, (), packs, lambda step: packing.epochs_done(packs, step * size))
+
+
+def _widths(data: Any, train: Any, splits: Splits) -> tuple[int, ...]:
+    """Of `data.length_buckets`: chosen by the batches of the first epoch."""
+    rows, most = splits.train, data.length_buckets
+    if most == 1:
+        return ()
+    if isinstance(rows, Stream):
+        return buckets.evenly(splits.length, most)
+    order = row_ids(0, len(rows), len(rows), seed=train.seed, shuffle=data.shuffle)
+    return buckets.choose(buckets.needs(rows, splits.length)[order], train.global_batch_size, most)
+
+
+def lengths_ahead(
+    splits: Splits, course: Course, *, batch_size: int, seed: int, shuffle: bool, start_row: int
+) -> list[int | Lengths]:
+    """The lengths that batches from a row on will have, where they have several: what to compile before the first."""
+    rows, length = splits.train, splits.length
+    widths = set(course.widths)
+    if isinstance(rows, Dataset) and course.widths and course.stop_row is not None:
+        order = row_ids(start_row, max(start_row, course.stop_row), len(rows), seed=seed, shuffle=shuffle)
+        whole = buckets.of_batches(buckets.needs(rows, length)[order], batch_size)
+        widths = {buckets.width_for(need, course.widths, length) for need in np.unique(whole).tolist()}
+    return [buckets.with_width(length, width) for width in sorted(widths)] if len(widths) > 1 else []
+
+
+def train_batches(
+    rows: Dataset | Stream,
+    *,
+    seed: int,
+    shuffle: bool,
+    widths: tuple[int, ...] = (),
+    packed: Packing | bool = False,
+    **where: Any,
+) -> Iterator[tuple[Batch, int]]:
+    """(batch, next row) of either kind; `where` as in `batches`.
+
+    Args:
+      packed: `Course.packing`; of a stream, whether to pack.
+    """
+    if not packed:
+        if isinstance(rows, Stream):
+            return stream_batches(rows.open, widths=widths, **where)
+        return batches(rows, seed=seed, shuffle=shuffle, widths=widths, **where)
+    length = where.pop("length")
+    if isinstance(packed, Packing):
+        assert isinstance(rows, Dataset)
+        return packing.packed_batches(rows, packed, **where)
+    assert isinstance(rows, Stream) and where.pop("stop_row") is None
+    return packing.packed_stream(rows.open, length, **where)
+
+
+def held_batches(
+    rows: Dataset, batch_size: int, length: int | Lengths, *, widths: tuple[int, ...], packed: bool, **share: int
+) -> Iterator[Batch]:
+    """Every row of an evaluation once, as `eval_batches`, or in packs: of the same sums, in fewer batches."""
+    if not packed:
+        yield from eval_batches(rows, batch_size, length, widths=widths, **share)
+        return
+    assert isinstance(length, int)
+    how = {"batch_size": batch_size, "start_row": 0, "stop_row": len(rows), **share}
+    for batch, _ in packing.packed_batches(rows, packing.packing_of(rows, length), **how):
+        yield batch
 
 
 def read_prompts(

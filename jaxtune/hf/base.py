@@ -14,7 +14,7 @@ from jaxtune import tree
 from jaxtune.errors import MissingInputError, UserError
 from jaxtune.hf import bnb
 from jaxtune.hf.boxes import axis_of, load_box, lost_of
-from jaxtune.hf.files import fingerprint, model_directory, read_json
+from jaxtune.hf.files import NEEDED, fingerprint, model_directory, read_json
 from jaxtune.hf.handover import trained_over
 from jaxtune.hf.rows import Row, rows_of, sites_of
 from jaxtune.hf.weights import check_tensors, load_params, stored_tensors
@@ -94,18 +94,21 @@ def open_base(
     *,
     revision: str | None = None,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
+    unroll: int = 1,
     quant: Scheme | None = None,
+    weights: bool = True,
 ) -> Base:
     """Reads config.json and lays out the parameters; no weight is read and no memory taken.
 
     Args:
       quant: how the weights are to be quantised; None: as they are stored.
+      weights: whether they are to be read later; False asks the Hub for config.json alone.
 
     Raises:
       MissingInputError, UserError: no model, one that we would compute wrongly, or one that cannot be quantised so.
     """
-    directory = model_directory(model_id, revision)
+    directory = model_directory(model_id, revision, NEEDED if weights else ["config.json"])
     if not (directory / "config.json").is_file():
         inside = sorted(path.name for path in directory.iterdir())
         raise MissingInputError(
@@ -113,7 +116,7 @@ def open_base(
             f"{', '.join(inside[:20]) or 'nothing'}."
         )
     config = settled(read_json(directory / "config.json"), directory)
-    base = describe(model_id, directory, config, dtype=dtype, remat=remat)
+    base = describe(model_id, directory, config, dtype=dtype, remat=remat, unroll=unroll)
     stored = bnb.scheme_in(config)
     if stored and quant and (stored.kind, stored.double or quant.double) != (quant.kind, stored.double):
         raise UserError(
@@ -130,9 +133,11 @@ def open_base(
     return dataclasses.replace(base, quant=quant)
 
 
-def describe(model_id: str, directory: Path, hf_config: dict[str, Any], *, dtype: str, remat: bool = False) -> Base:
+def describe(
+    model_id: str, directory: Path, hf_config: dict[str, Any], *, dtype: str, remat: str = "none", unroll: int = 1
+) -> Base:
     """The layout of a parsed config.json, wherever its weights are."""
-    model = build(hf_config, dtype=jnp.dtype(dtype), remat=remat)
+    model = build(hf_config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll)
     ids = jnp.zeros((1, 2), jnp.int32)
     source = {"source_tokens": ids, "source_segments": ids} if is_encoder_decoder(hf_config) else {}
     abstract = abstract_params(model, ids, ids, ids, **source)

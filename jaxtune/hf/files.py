@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ JSON_LIMIT = 64 * 2**20  # bytes; the largest honest index of a sharded checkpoi
 NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "spiece.model", "*.jinja"]
 
 
-def model_directory(model_id: str, revision: str | None = None) -> Path:
+def model_directory(model_id: str, revision: str | None = None, wanted: Sequence[str] = NEEDED) -> Path:
     """The directory of a model: itself where it is one, else a snapshot from the Hub.
+
+    Args:
+      wanted: the files that are asked of the Hub.
 
     Raises:
       MissingInputError: no such directory or model, or a gated one.  NetworkError: the Hub cannot be reached.
@@ -51,7 +54,7 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=NEEDED))
+        return Path(huggingface_hub.snapshot_download(model_id, revision=revision, allow_patterns=list(wanted)))
     except errors.GatedRepoError:
         raise MissingInputError(
             f"The model {model_id!r} is gated. Accept its licence at https://huggingface.co/{model_id} and log in with "

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxtune import hosts, tree
 from jaxtune import mesh as meshes
-from jaxtune import tree
 from jaxtune.errors import UserError, did_you_mean
 from jaxtune.hf import bnb
 from jaxtune.hf.files import open_safetensors, replaced_directory, weight_files
@@ -150,8 +150,13 @@ def save_params(directory: Path, rows: list[Row], params: Tree, source: Path, **
     leaves = tree.flatten(params)
 
     def value(row: Row, layer: int) -> np.ndarray:
-        return np.asarray(leaves[row.path][layer] if row.stacked else leaves[row.path])
+        return hosts.whole(leaves[row.path][layer] if row.stacked else leaves[row.path])
 
+    if not hosts.first():  # it takes part in bringing the values together, in the same order
+        for row in rows:
+            for layer in range(len(row.names)):
+                _turned(value, row, layer, how["dtype"])
+        return
     write_checkpoint(directory, rows, value, source, **how)
 
 

@@ -53,14 +53,14 @@ def decoder_start(hf_config: dict[str, Any]) -> int | None:
     return (hf_config.get("decoder_start_token_id") or 0) if is_encoder_decoder(hf_config) else None
 
 
-def build(hf_config: dict[str, Any], *, dtype: Any, remat: bool = False) -> Any:
+def build(hf_config: dict[str, Any], *, dtype: Any, remat: str = "none", unroll: int = 1) -> Any:
     """The Flax module of a parsed config.json, its activations in `dtype`."""
     arguments = table_of(hf_config).config_from_hf(hf_config)
     if is_encoder_decoder(hf_config):
         from jaxtune.models import t5
 
-        return t5.T5(t5.T5Config(**arguments), dtype=dtype, remat=remat)
+        return t5.T5(t5.T5Config(**arguments), dtype=dtype, remat=remat, unroll=unroll)
     from jaxtune.models import decoder
 
     arguments["ropes"] = tuple(decoder.Rope(*rope) for rope in arguments["ropes"])
-    return decoder.Decoder(decoder.DecoderConfig(**arguments), dtype=dtype, remat=remat)
+    return decoder.Decoder(decoder.DecoderConfig(**arguments), dtype=dtype, remat=remat, unroll=unroll)

@@ -22,13 +22,14 @@ from jaxtune.attention import (
     Cache,
     Prefix,
     attend,
+    causal,
     heads_first,
     prefix_visible,
     rotate,
     visible,
-    with_slots,
 )
 from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, with_prompt
+from jaxtune.remat import entered, rematerialised
 
 ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -90,10 +91,17 @@ class DecoderConfig:
     def layers(self) -> int:
         return len(self.windows)
 
+    @property
+    def kinds(self) -> tuple[int | None, ...]:
+        """The windows that there are, each once."""
+        return tuple(dict.fromkeys(self.windows))
+
     def layer_data(self) -> dict[str, np.ndarray]:
-        """What differs between layers: `window` [L], `inverse_frequency` [L, H/2]."""
+        """What differs between layers: `window` [L] and `kind` [L], its index in `kinds`; `inverse_frequency`
+        [L, H/2]."""
         return {
             "window": np.array([NO_WINDOW if w is None else w for w in self.windows], np.int32),
+            "kind": np.array([self.kinds.index(w) for w in self.windows], np.int32),
             "inverse_frequency": np.stack([rope.inverse_frequency(self.head_dim) for rope in self.ropes]),
         }
 
@@ -112,21 +120,18 @@ class Attention(nn.Module):
             q, k = (RMSNorm(c.norm_eps, c.norm_offset, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
         q = rotate(q, positions, layer["inverse_frequency"])
         k = rotate(k, positions, layer["inverse_frequency"])
-        k, v = new = heads_first(k), heads_first(v)
-        slots = jnp.arange(T)
-        key_segments = segments
-        if cache is not None:
-            slots = slots + cache["length"]
-            k, v = with_slots(cache["kv"], new, cache["length"])
-            key_segments = cache["segments"]
-        mask = visible(slots, segments, key_segments, layer["window"])
-        prefix = None
+        k, v = heads_first(k), heads_first(v)
+        window, how = layer["window"], {"scale": c.query_scale, "softcap": c.attention_softcap, "prefix": None}
         if "prefix" in layer:
             first_k, first_v = layer["prefix"]
-            prefix = Prefix(first_k, first_v, prefix_visible(positions, first_k.shape[0], layer["window"]))
-        out = attend(q, k, v, mask, scale=c.query_scale, softcap=c.attention_softcap, prefix=prefix)
+            how["prefix"] = Prefix(first_k, first_v, prefix_visible(positions, first_k.shape[0], window))
+        if cache is None or cache["kv"] is None:
+            out = causal(q, k, v, segments, windows=c.kinds, kind=layer["kind"], **how)
+        else:
+            mask = visible(cache["slots"][-T:], segments, cache["slots"], cache["segments"], window)
+            out = attend(q, k, v, mask, kept=cache["kv"], **how)
         out = Linear(c.width, ("heads", "embed"), name="o")(out.reshape(B, T, c.heads * c.head_dim))
-        return out, (None if cache is None else new)
+        return out, (None if cache is None else (k, v))
 
 
 class MLP(nn.Module):
@@ -155,7 +160,8 @@ class Block(nn.Module):
         def post_norm(name, y):
             return norm(name, y) if c.post_norms else y
 
-        cache = None if shared_cache is None else {**shared_cache, "kv": layer["kv"]}
+        x = entered(x)
+        cache = None if shared_cache is None else {**shared_cache, "kv": layer.get("kv")}
         y, kv = Attention(c, name="attn")(norm("pre_attn_norm", x), positions, segments, layer, cache)
         x = x + post_norm("post_attn_norm", y)
         x = x + post_norm("post_mlp_norm", MLP(c, name="mlp")(norm("pre_mlp_norm", x)))
@@ -167,21 +173,22 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     dtype: Any = jnp.float32  # of the activations
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "none"  # what of each layer the backward pass computes again (`jaxtune.remat`)
+    unroll: int = 1  # layers that one turn of the scan runs
 
     def setup(self):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.width, c.embed_scale)
         self.lm_head = Head(c.vocab_size, c.width)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # layer data by layer; the rest for all
         self.layers = nn.scan(
-            block,
+            rematerialised(Block, self.remat, self.unroll),
             variable_axes={"params": 0, "adapters": 0},
             variable_broadcast="shared",
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,
             length=c.layers,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
@@ -209,15 +216,15 @@ class Decoder(nn.Module):
             positions = positions + k.shape[1]
         shared = None
         if cache is not None:
-            all_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)
-            shared = {"segments": all_segments, "length": cache.length}
-            layer["kv"] = cache.k, cache.v
+            shared = dict(zip(("slots", "segments"), cache.beside(segments), strict=True))
+            if cache.written:
+                layer["kv"] = cache.k, cache.v
         kv: Any
         x, kv = self.layers(x, layer, positions, segments, shared)
         if not self.config.tied:
             self.head()  # so that `init` makes its parameter
-        if cache is not None and shared is not None:
-            cache = cache.grown(kv[0], kv[1], shared["segments"])
+        if cache is not None:
+            cache = cache.grown(kv[0], kv[1], segments)
         return self.final_norm(x), cache
 
     def head(self) -> Any:

@@ -20,11 +20,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxtune.attention import NO_WINDOW, Cache, Prefix, Source, attend, heads_first, together, visible, with_slots
+from jaxtune.attention import NO_WINDOW, Cache, Prefix, Source, attend, heads_first, together, visible
 from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, dropout, weight_of, with_prompt
 from jaxtune.models import decoder
+from jaxtune.remat import ATTENTION, entered, rematerialised
 
 ACTIVATIONS = decoder.ACTIVATIONS | {"relu": jax.nn.relu}
 
@@ -86,7 +88,7 @@ class RelativeBias(nn.Module):
     both_ways: bool
 
     @nn.compact
-    def __call__(self, query_slots: Int[Array, "T"], keys: int) -> Float[Array, "N T {keys}"]:
+    def __call__(self, query_slots: Int[Array, "T"], key_slots: Int[Array, "S"]) -> Float[Array, "N T S"]:
         c = self.config
         axes = ("buckets", "heads")
         table = weight_of(self, "table", nn.initializers.normal(0.02), axes, (c.buckets, c.heads))
@@ -94,7 +96,7 @@ class RelativeBias(nn.Module):
         if adapter is not None:
             table = adapter.weight(table)
         half = c.buckets // 2 if self.both_ways else c.buckets
-        behind = jnp.arange(keys)[None] - query_slots[:, None]
+        behind = key_slots[None] - query_slots[:, None]
         distance = jnp.abs(behind) if self.both_ways else jnp.maximum(-behind, 0)
         bucket = jnp.asarray(bucket_of(half, c.max_distance))[jnp.minimum(distance, c.max_distance)]
         if self.both_ways:
@@ -103,12 +105,12 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries of x, keys and values of `source`, or those that are there already."""
+    """Queries of x, keys and values of `source`, or those `made` of it already; behind those kept in a cache."""
 
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, source, mask, bias, *, kept=None, cache=None, prefix=None):
+    def __call__(self, x, source, mask, bias, *, made=None, kept=None, prefix=None):
         c = self.config
 
         def heads(name, y):
@@ -117,14 +119,12 @@ class Attention(nn.Module):
             )
 
         q = heads("q", x)
-        k, v = new = (heads_first(heads("k", source)), heads_first(heads("v", source))) if kept is None else kept
-        if cache is not None:
-            k, v = with_slots(cache["kv"], new, cache["length"])
+        k, v = new = (heads_first(heads("k", source)), heads_first(heads("v", source))) if made is None else made
         if prefix is not None:
             first_k, first_v = prefix
             prefix = Prefix(first_k, first_v, jnp.ones((*x.shape[:2], first_k.shape[0]), bool))
-        more = {"prefix": prefix, "bias": bias, "drop": functools.partial(drop, self)}
-        out = attend(q, k, v, mask, scale=1.0, softcap=None, **more)
+        more = {"prefix": prefix, "bias": bias, "drop": functools.partial(drop, self), "kept": kept}
+        out = checkpoint_name(attend(q, k, v, mask, scale=1.0, softcap=None, **more), ATTENTION)
         out = Linear(c.width, ("heads", "embed"), name="o")(out.reshape(*x.shape[:2], c.heads * c.head_dim))
         return out, new
 
@@ -143,8 +143,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, in the shape nn.scan wants: (carry, per-layer data) -> (carry, per-layer output).
 
-    layer: `kv` of the cache, `prefix`, `source_kv` where they are made; shared: `mask`, `length` of the cache, and of a
-    decoder `source_mask`, and `source` where keys are to be made of it.
+    layer: `kv` of the cache, `prefix`, `source_kv` where they are made; shared: `mask`, whether to `keep` keys, and of
+    a decoder `source_mask`, and `source` where keys are to be made of it.
     """
 
     config: T5Config
@@ -156,19 +156,19 @@ class Block(nn.Module):
         def norm(name, y):
             return RMSNorm(c.norm_eps, 0.0, name=name)(y)
 
-        y, cache, source_kv = norm("pre_attn_norm", x), None, None
-        if "kv" in layer:
-            cache = {"kv": layer["kv"], "length": shared["length"]}
-        y, kv = Attention(c, name="attn")(y, y, shared["mask"], bias, cache=cache, prefix=layer.get("prefix"))
+        x = entered(x)
+        y, source_kv = norm("pre_attn_norm", x), None
+        kept, prefix = layer.get("kv"), layer.get("prefix")
+        y, kv = Attention(c, name="attn")(y, y, shared["mask"], bias, kept=kept, prefix=prefix)
         x = x + drop(self, y)
         if "source_mask" in shared:
-            source, kept, mask = shared.get("source"), layer.get("source_kv"), shared["source_mask"]
-            y, source_kv = Attention(c, name="cross")(norm("pre_cross_norm", x), source, mask, None, kept=kept)
+            source, made, mask = shared.get("source"), layer.get("source_kv"), shared["source_mask"]
+            y, source_kv = Attention(c, name="cross")(norm("pre_cross_norm", x), source, mask, None, made=made)
             x = x + drop(self, y)
         x = x + drop(self, MLP(c, name="mlp")(norm("pre_mlp_norm", x)))
         x = constrain(x, "batch", "length", "activation")
         # What goes into the cache, once: without one nothing is to be stacked.
-        return x, None if cache is None else (kv, source_kv if "source" in shared else None)
+        return x, (kv, source_kv if "source" in shared else None) if "keep" in shared else None
 
 
 class Stack(nn.Module):
@@ -177,27 +177,28 @@ class Stack(nn.Module):
     config: T5Config
     length: int
     both_ways: bool
-    remat: bool
+    remat: str
+    unroll: int
 
     def setup(self):
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         in_axes: Any = (0, nn.broadcast, nn.broadcast)  # layer data by layer; the rest for all
         self.layers = nn.scan(
-            block,
+            rematerialised(Block, self.remat, self.unroll),
             variable_axes={"params": 0, "adapters": 0},
             variable_broadcast="shared",
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,
             length=self.length,
+            unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config)
         self.relative_bias = RelativeBias(self.config, self.both_ways)
         self.final_norm = RMSNorm(self.config.norm_eps, 0.0)
 
-    def __call__(self, x, layer, shared, query_slots, keys):
+    def __call__(self, x, layer, shared, query_slots, key_slots):
         x = constrain(drop(self, x), "batch", "length", "activation")
         out: Any
-        x, out = self.layers(x, layer, self.relative_bias(query_slots, keys), shared)
+        x, out = self.layers(x, layer, self.relative_bias(query_slots, key_slots), shared)
         return drop(self, self.final_norm(x)), out
 
 
@@ -206,20 +207,22 @@ class T5(nn.Module):
 
     config: T5Config
     dtype: Any = jnp.float32  # of the activations
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "none"  # what of each layer the backward pass computes again (`jaxtune.remat`)
+    unroll: int = 1  # layers that one turn of the scan runs
 
     def setup(self):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.width, c.embed_scale)
         self.lm_head = Head(c.vocab_size, c.width)
-        self.encoder = Stack(c, c.encoder_layers, True, self.remat)
-        self.decoder = Stack(c, c.layers, False, self.remat)
+        self.encoder = Stack(c, c.encoder_layers, True, self.remat, self.unroll)
+        self.decoder = Stack(c, c.layers, False, self.remat, self.unroll)
 
     def encode(self, tokens: Int[Array, "B S"], segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """What the encoder makes of a text.  segments: 0 is padding."""
         x = with_prompt(self, self.embed(tokens, self.dtype), tokens)
         shared = {"mask": together(segments, segments)}
-        return self.encoder(x, {}, shared, jnp.arange(tokens.shape[1]), tokens.shape[1])[0]
+        slots = jnp.arange(tokens.shape[1])
+        return self.encoder(x, {}, shared, slots, slots)[0]
 
     def __call__(
         self,
@@ -247,10 +250,11 @@ class T5(nn.Module):
         shared: Any = {}
         slots, keys = jnp.arange(T), segments
         if cache is not None:
-            slots = slots + cache.length
-            keys = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.length, axis=1)
-            layer["kv"], shared["length"] = (cache.k, cache.v), cache.length
-        shared["mask"] = visible(slots, segments, keys, jnp.int32(NO_WINDOW))
+            shared["keep"] = True
+            slots, keys = cache.beside(segments)
+            if cache.written:
+                layer["kv"] = cache.k, cache.v
+        shared["mask"] = visible(slots[-T:], segments, slots, keys, jnp.int32(NO_WINDOW))
         if source_tokens is not None and source_segments is not None:
             shared["source"] = self.encode(source_tokens, source_segments)
         else:
@@ -261,13 +265,14 @@ class T5(nn.Module):
         if prefix is not None:
             k, v = prefix.kv()
             layer["prefix"], before = (k.astype(self.dtype), v.astype(self.dtype)), k.shape[1]
-        x, out = self.decoder(x, layer, shared, slots + before, before + keys.shape[1])
+        slots = jnp.concatenate([jnp.arange(before), before + slots])
+        x, out = self.decoder(x, layer, shared, slots[-T:], slots)
         if not c.tied:
             self.head()  # so that `init` makes its parameter
         if cache is not None:
             (k, v), made = out
             source = cache.source if made is None else Source(made[0], made[1], source_segments)
-            cache = dataclasses.replace(cache.grown(k, v, keys), source=source)
+            cache = dataclasses.replace(cache.grown(k, v, segments), source=source)
         return (x * jnp.asarray(c.width**-0.5, x.dtype) if c.scaled else x), cache
 
     def head(self) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import mesh as meshes
 from jaxtune.errors import UserError
@@ -40,7 +40,9 @@ class Scheme:
         """One weight without layer axis.  axis: the one along which a scale holds, -2 of a kernel, -1 of a table."""
         return nf4.quantise(w, double=self.double, axis=axis) if self.kind == "nf4" else int8.quantise(w, axis=axis)
 
-    def shardings(self, mesh: Mesh, name: str, axes: Sequence[str], shape: Sequence[int], axis: int) -> Quantised:
+    def shardings(
+        self, mesh: meshes.AnyMesh, name: str, axes: Sequence[str], shape: Sequence[int], axis: int
+    ) -> Quantised:
         """The box of a weight without layer axis, of shardings.
 
         Raises:

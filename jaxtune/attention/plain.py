@@ -1,18 +1,17 @@
-"""Rotary positions, masks, the KV cache and the product itself.
+"""Rotary positions, masks and the product itself, with all scores of a row at one time.
 
-B batch, T query length, S key length, P prefix length, N query heads, K kv heads, G = N/K, H head dim, L layers.
+B batch, T query length, S key length, P prefix length, N query heads, K kv heads, G = N/K, H head dim.
 
 Rows are addressed by *slot* (index in the array) for causality and windows, by *position* for rotation: with packing
 positions restart in every segment while slots do not, and inside a segment both differ by a constant.
 """
 
-import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 # A window no text outgrows: what a global layer has.
@@ -32,6 +31,7 @@ def rotate(
 def visible(
     query_slots: Int[Array, "T"],
     query_segments: Int[Array, "B T"],
+    key_slots: Int[Array, "S"],
     key_segments: Int[Array, "B S"],
     window: Int[Array, ""],
 ) -> Bool[Array, "B T S"]:
@@ -40,7 +40,7 @@ def visible(
     Segment 0 is padding.  A padding *query* sees every real key before it, which is what an attention mask over keys
     means in transformers; its output is never used.
     """
-    distance = query_slots[:, None] - jnp.arange(key_segments.shape[1])[None]
+    distance = query_slots[:, None] - key_slots[None]
     near = (distance >= 0) & (distance < window)
     return near[None] & together(query_segments, key_segments)
 
@@ -74,12 +74,13 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T R_and_S"],
     *,
     scale: float,
     softcap: float | None,
+    kept: tuple[Float[Array, "B K R H"], Float[Array, "B K R H"]] | None = None,
     prefix: Prefix | None = None,
-    bias: Float[Array, "N T P_and_S"] | None = None,
+    bias: Float[Array, "N T P_R_and_S"] | None = None,
     drop: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped kv heads; scores and softmax in float32 (transformers' `eager_attention_forward`).
@@ -88,17 +89,22 @@ def attend(
     is repeated.  A row that sees nothing comes out as the mean of all values, as in transformers.
 
     Args:
+      kept: keys and values of R slots of a cache, before those of k and v.  mask: of both.
       bias: added to the scores of every row, a prefix's first.  drop: dropout of what the softmax gives.
     """
     B, T, N, H = q.shape
     K = k.shape[1]
     G = N // K
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) * scale
+    # Scores are put together, not keys and values, which would be copied with every token.
+    parts = [("BKSH", k, v)]
+    if kept is not None:
+        parts.insert(0, ("BKSH", *kept))
     if prefix is not None:
-        # Scores are put together, not keys, which would be copied with every token.
-        before = jnp.einsum("BKQH,PKH->BKQP", q, prefix.k, preferred_element_type=jnp.float32) * scale
-        scores, mask = jnp.concatenate([before, scores], axis=-1), jnp.concatenate([prefix.mask, mask], axis=-1)
+        parts.insert(0, ("SKH", prefix.k, prefix.v))
+        mask = jnp.concatenate([prefix.mask, mask], axis=-1)
+    products = [jnp.einsum(f"BKQH,{axes}->BKQS", q, k, preferred_element_type=jnp.float32) for axes, k, _ in parts]
+    scores = jnp.concatenate(products, axis=-1) * scale
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
     scores = scores.reshape(B, K, G, T, -1)
@@ -107,52 +113,12 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, -1)
     weights = weights if drop is None else drop(weights)
-    first = 0 if prefix is None else prefix.k.shape[0]
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights[..., first:], v, preferred_element_type=jnp.float32)
-    if prefix is not None:
-        out += jnp.einsum("BKQP,PKH->BKQH", weights[..., :first], prefix.v, preferred_element_type=jnp.float32)
+    ends = list(itertools.accumulate(v.shape[axes.index("S")] for axes, _, v in parts))
+    shares = jnp.split(weights, ends[:-1], axis=-1)
+    out = sum(
+        jnp.einsum(f"BKQS,{axes}->BKQH", share, v, preferred_element_type=jnp.float32)
+        for share, (axes, _, v) in zip(shares, parts, strict=True)
+    )
+    assert isinstance(out, jax.Array)
     out = out.astype(v.dtype)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def with_slots(kept: tuple[Array, Array], new: tuple[Array, Array], at: Array) -> tuple[Array, Array]:
-    """A layer's keys and values [B K S H], or all layers' [L B K S H], with those of new slots from slot `at` on."""
-    k, v = (
-        jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, axis=old.ndim - 2)
-        for old, x in zip(kept, new, strict=True)
-    )
-    return k, v
-
-
-class Source(NamedTuple):
-    """Keys and values that a decoder has made of an encoder's output, once for all of its own tokens."""
-
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
-    segments: Int[Array, "B S"]
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of the slots seen so far, and which segment each slot belongs to (0: not written, or padding).
-
-    source: None without an encoder, and before it has run.
-    """
-
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
-    segments: Int[Array, "B S"]
-    length: Int[Array, ""]
-    source: Source | None = None
-
-    def grown(self, k: Float[Array, "L B K T H"], v: Float[Array, "L B K T H"], segments: Array) -> "Cache":
-        """With the keys and values of T new slots, which the layer scan gives back: the cache itself does not go
-        through the scan, which would copy it.  segments: of all slots."""
-        whole_k, whole_v = with_slots((self.k, self.v), (k, v), self.length)
-        return dataclasses.replace(self, k=whole_k, v=whole_v, segments=segments, length=self.length + k.shape[3])
-
-    @classmethod
-    def empty(cls, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "Cache":
-        shape = (layers, batch, kv_heads, slots, head_dim)
-        k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-        return cls(k, v, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))

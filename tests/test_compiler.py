@@ -1,0 +1,40 @@
+"""What XLA is told, and where programs are kept."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtune import compiler
+
+
+def test_options_of_the_platform_reach_the_compiler(monkeypatch):
+    """Shown by one that there is not; without options the step runs, and gives its state away."""
+    monkeypatch.setattr(compiler, "OPTIONS", {"cpu": {"xla_no_such_option": "1"}})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        compiler.step_of(lambda x: x + 1)(jnp.ones(4))
+    monkeypatch.setattr(compiler, "OPTIONS", {"tpu": {"xla_no_such_option": "1"}})
+    state = jnp.ones(4)
+    assert compiler.step_of(lambda x: x + 1)(state).tolist() == [2, 2, 2, 2]
+    assert state.is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("backend", "named", "expected"),
+    [("tpu", None, ".cache/jaxtune/programs"), ("cpu", None, None), ("gpu", "elsewhere", None)],
+)
+def test_programs_are_kept_for_accelerators(monkeypatch, tmp_path, backend, named, expected):
+    """Unless the user names a place, which jax reads itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if named:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    before = jax.config.jax_compilation_cache_dir
+    compiler.keep_programs.cache_clear()
+    try:
+        compiler.keep_programs()
+        found = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compiler.keep_programs.cache_clear()
+    assert found == (str(tmp_path / expected) if expected else before)
