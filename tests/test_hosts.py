@@ -133,12 +133,8 @@ def test_another_number_of_hosts_goes_on(place, stopped, alone):
 
 MANY = {
     "slices and tensor": ("mesh.slice=2", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2", "optim.name=adafactor"),
-    "tensor over hosts": ("mesh.fsdp=1", "mesh.tensor=8", "train.global_batch_size=6", "optim.name=lion"),
     "quantised, 8-bit state": ("model.quant=int8", "mesh.data=2", "mesh.fsdp=4", "optim.name=adamw8bit"),
-    "adalora": ("peft.method=adalora", "peft.tinit=1", "peft.tfinal=1", "mesh.data=8", "mesh.fsdp=1"),
-    "p_tuning": ("peft.method=p_tuning", "peft.num_virtual_tokens=3", "mesh.fsdp=8"),
     "full": ("peft.method=full", "mesh.fsdp=8"),
-    "partial": ("peft.method=partial", "peft.target_modules=['embed_tokens']", "export.format=adapter", "mesh.fsdp=8"),
     "packed": ("data.packing=true", "mesh.fsdp=8"),
 }
 
