@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtune.attention import Cache
-from jaxtune.data.batches import Batch, collate
+from jaxtune.data.batches import Batch, eval_batches
+from jaxtune.data.buckets import width_of
 from jaxtune.data.examples import Prompt
 from jaxtune.data.load import Dataset
 from jaxtune.data.seq2seq import Lengths
@@ -173,12 +174,6 @@ def loss_batches(rows: Dataset, size: int, length: int | Lengths) -> Iterator[Ba
     Args:
       length: the static length that fits all rows, or those of an encoder-decoder's two sides.
     """
-    widest = length.source if isinstance(length, Lengths) else length
-    pairs = sorted((rows.example(i) for i in range(len(rows))), key=lambda pair: -len(pair[0]))
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        if isinstance(length, Lengths):
-            width = min(widest, bucket(max(int((~mask).sum()) for _, mask in part)))
-            yield collate(part, size, length._replace(source=width))
-        else:
-            yield collate(part, size, min(widest, bucket(len(part[0][0]))))
+    widest = width_of(length)
+    widths = sorted({min(bucket(n), widest) for n in range(1, widest + 1)})
+    return eval_batches(rows, size, length, widths=widths)

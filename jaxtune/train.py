@@ -149,8 +149,10 @@ def train(
     meshes.check_batch(mesh, size // turns, "`train.global_batch_size` / `train.gradient_accumulation_steps`")
     meshes.check_batch(mesh, eval_size, "`evaluate.batch_size`")
     check_memory(c, base, length, console.say)
-    read = {"rows": fingerprint(rows), "held rows": fingerprint(held) if held else "", "base": base.fingerprint}
-    hosts.agree({**config.flatten(plain), **read, "jaxtune": hosts.code(), "jax": jax.__version__})
+    own_rows = fingerprint(rows)
+    if hosts.several():
+        read = {"rows": own_rows, "held rows": fingerprint(held) if held else "", "base": base.fingerprint}
+        hosts.agree({**config.flatten(plain), **read, "jaxtune": hosts.code(), "jax": jax.__version__})
 
     def put(batch: Batch, turns: int | None = None) -> dict[str, jax.Array]:
         """A batch on its devices: [B, T] each, or [A, B/A, T] for `turns` = A micro-batches."""
@@ -207,7 +209,7 @@ def train(
             return found
 
         # ------------------------------------------------------------ Resume
-        same = identity(plain, total, base=base.fingerprint, rows=fingerprint(rows))
+        same = identity(plain, total, base=base.fingerprint, rows=own_rows)
         keep = {"keep_last_n": c.checkpoint.keep_last_n, "keep_best_n": c.checkpoint.keep_best_n, "goal": goal}
         how = {**keep, "identity": same, "say": console.say, "saved": saved}
         with Checkpoints(workdir / "checkpoints", **how) as checkpoints:

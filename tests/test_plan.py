@@ -291,16 +291,7 @@ def test_the_largest_batch_is_the_largest(two_b):
 
 
 def test_the_smallest_slice(described):
-    big = {
-        "model_type": "gemma2",
-        "hidden_size": 4608,
-        "intermediate_size": 36864,
-        "num_hidden_layers": 46,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "query_pre_attn_scalar": 144,
-    }
+    big = refresh.MODELS["gemma-2-27b"]
     c = config(described(**big), data__max_length=1024, **LORA)
     base = abstract.open_config(c)
     one = search.smallest_slice(c, base, CHIPS["v5e"])

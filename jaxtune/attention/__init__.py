@@ -11,6 +11,7 @@ from jaxtune.attention.plain import (
     rotate,
     together,
     visible,
+    window_of,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "rotate",
     "together",
     "visible",
+    "window_of",
 ]

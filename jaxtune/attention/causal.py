@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtune.attention.blocks import by_blocks
 from jaxtune.attention.mosaic import mosaic, serves
-from jaxtune.attention.plain import NO_WINDOW, Prefix, attend, visible
+from jaxtune.attention.plain import Prefix, attend, visible, window_of
 from jaxtune.attention.splash import splash
 from jaxtune.mesh import platform
 
@@ -44,7 +44,7 @@ def causal(
       prefix: keys before every text, which the kernel for TPUs does not know; blocks do.
     """
     T, how = q.shape[1], {"scale": scale, "softcap": softcap}
-    window = jnp.asarray([NO_WINDOW if w is None else w for w in windows], jnp.int32)[kind]
+    window = window_of(windows, kind)
     on_tpu = platform() == "tpu" and prefix is None
     if (PLAIN_ON_TPU if on_tpu else PLAIN) >= T:
         slots = jnp.arange(T)

@@ -7,7 +7,7 @@ positions restart in every segment while slots do not, and inside a segment both
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,6 +43,11 @@ def visible(
     distance = query_slots[:, None] - key_slots[None]
     near = (distance >= 0) & (distance < window)
     return near[None] & together(query_segments, key_segments)
+
+
+def window_of(windows: Sequence[int | None], kind: Int[Array, ""]) -> Int[Array, ""]:
+    """The one of `windows` that a layer has, as `visible` takes it."""
+    return jnp.asarray([NO_WINDOW if w is None else w for w in windows], jnp.int32)[kind]
 
 
 def together(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]) -> Bool[Array, "B T S"]:

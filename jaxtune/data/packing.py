@@ -56,11 +56,6 @@ def packing_of(rows: Dataset, capacity: int, *, seed: int = 0, shuffle: bool = F
     return Packing(np.diff(rows.offsets), capacity, seed, shuffle)
 
 
-def slots_of(max_length: int, virtual: int) -> int:
-    """The slots of a pack: the longest row that there may be and its virtual tokens, rounded up."""
-    return -(-(max_length + virtual) // MULTIPLE) * MULTIPLE
-
-
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of `lengths` in packs of at most `capacity`: from the longest down, each goes where it leaves the least
     (best-fit decreasing).  Each pack's indices ascend; packs are in the order of their first ones.

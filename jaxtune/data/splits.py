@@ -63,9 +63,8 @@ def read_splits(
     seq2seq: EncoderDecoder | None = source["seq2seq"]
 
     def fit(*datasets: Dataset | None) -> int | Lengths:
-        if c.packing:
-            return packing.slots_of(c.max_length, virtual.count)
-        read = [dataset for dataset in datasets if dataset is not None]
+        # A pack takes the longest row that there may be, whatever rows there are.
+        read = [] if c.packing else [dataset for dataset in datasets if dataset is not None]
         if seq2seq is None:
             return fit_length(read, c.max_length, virtual=virtual.count)
         return fit_lengths(read, c.max_length, seq2seq, virtual)

@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtune.attention import (
-    NO_WINDOW,
     Cache,
     Prefix,
     attend,
@@ -27,6 +26,7 @@ from jaxtune.attention import (
     prefix_visible,
     rotate,
     visible,
+    window_of,
 )
 from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, with_prompt
 from jaxtune.remat import entered, rematerialised
@@ -97,10 +97,8 @@ class DecoderConfig:
         return tuple(dict.fromkeys(self.windows))
 
     def layer_data(self) -> dict[str, np.ndarray]:
-        """What differs between layers: `window` [L] and `kind` [L], its index in `kinds`; `inverse_frequency`
-        [L, H/2]."""
+        """What differs between layers: `kind` [L], the index of its window in `kinds`; `inverse_frequency` [L, H/2]."""
         return {
-            "window": np.array([NO_WINDOW if w is None else w for w in self.windows], np.int32),
             "kind": np.array([self.kinds.index(w) for w in self.windows], np.int32),
             "inverse_frequency": np.stack([rope.inverse_frequency(self.head_dim) for rope in self.ropes]),
         }
@@ -121,7 +119,10 @@ class Attention(nn.Module):
         q = rotate(q, positions, layer["inverse_frequency"])
         k = rotate(k, positions, layer["inverse_frequency"])
         k, v = heads_first(k), heads_first(v)
-        window, how = layer["window"], {"scale": c.query_scale, "softcap": c.attention_softcap, "prefix": None}
+        window, how = (
+            window_of(c.kinds, layer["kind"]),
+            {"scale": c.query_scale, "softcap": c.attention_softcap, "prefix": None},
+        )
         if "prefix" in layer:
             first_k, first_v = layer["prefix"]
             how["prefix"] = Prefix(first_k, first_v, prefix_visible(positions, first_k.shape[0], window))

@@ -8,6 +8,7 @@ Gemma 2 2b with LoRA of rank 8 on its seven projections, rows of 2048: 11.17 GFL
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,7 @@ def flops(
         for row in base.rows
         if row.path.endswith("mlp/down/kernel") and not getattr(base.model.config, "post_norms", False)
     ]
-    products = forward + adapters / 3 - sum(2.0 * size_of(row) * met_by(row.path, length) for row in last)
+    products = forward + adapters / 3 - sum(2.0 * math.prod(row.shape) * met_by(row.path, length) for row in last)
     # In `dots` what a linear layer gives is kept too, with its adapter's part, but not what is inside: x A.
     inside = sum((2.0 * x.size * met_by(path, length) for path, x in inner.items() if path.endswith("/kernel/a")), 0.0)
     again = {"none": 0.0, "dots": inside + attention / 2, "attn_out": products + attention / 2}.get(
@@ -115,16 +116,16 @@ def stacks(base: Base, length: int | Lengths) -> list[Stack]:
     kernels = {row.path: row for row in base.rows if is_kernel(row.path)}
     c = base.model.config
     if not isinstance(length, Lengths):
-        linear = sum(size_of(row) for row in kernels.values())
+        linear = sum(math.prod(row.shape) for row in kernels.values())
         return [Stack(length, linear, 0, tuple(seen(length, window) for window in c.windows))]
     crossing = [p for p in kernels if "/cross/k/" in p or "/cross/v/" in p]
     source, target = length.source, length.target
     of = {name: [p for p in kernels if p.startswith(name) and p not in crossing] for name in ("encoder", "decoder")}
-    linear = {name: sum(size_of(kernels[p]) for p in paths) for name, paths in of.items()}
+    linear = {name: sum(math.prod(kernels[p].shape) for p in paths) for name, paths in of.items()}
     decoder = (*(seen(target, None),) * c.layers, *(float(source),) * c.layers)
     return [
         Stack(source, linear["encoder"], 0, (float(source),) * c.encoder_layers),
-        Stack(target, linear["decoder"], sum(size_of(kernels[p]) for p in crossing), decoder),
+        Stack(target, linear["decoder"], sum(math.prod(kernels[p].shape) for p in crossing), decoder),
     ]
 
 
@@ -145,13 +146,6 @@ def seen_total(length: Any, window: int | None) -> Any:
     """The sum over a row's queries of the keys that each sees; of several rows by their lengths."""
     w = length if window is None else np.minimum(window, length)
     return w * (w + 1) / 2 + (length - w) * w
-
-
-def size_of(row: Any) -> int:
-    size = 1
-    for n in row.shape:
-        size *= n
-    return size
 
 
 def is_kernel(path: str) -> bool:

@@ -8,15 +8,16 @@ N tokens of one chip and micro-batch, D width, F hidden, H heads times their siz
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
 
 import jax.numpy as jnp
 
 from jaxtune.data.seq2seq import Lengths
 from jaxtune.hf.base import Base
 from jaxtune.loss.how import BLOCK_WORDS, CHUNK_TOKENS, even
+from jaxtune.mesh import AnyMesh
 from jaxtune.plan.abstract import Laid, bytes_on_chip
-from jaxtune.plan.flops import is_kernel, size_of
+from jaxtune.plan.flops import is_kernel
 
 # How many arrays of a layer's kind live together while it is computed again and differentiated: [N, D], [N, F], [N, H].
 # Fitted; the sums of products are float32, so that these are of four bytes.
@@ -39,10 +40,10 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step's temporary memory depends on.  mesh: {axis: size}.  rows: of a micro-batch on one chip."""
+    """What a step's temporary memory depends on.  rows: of a micro-batch on one chip."""
 
     base: Base
-    mesh: Mapping[str, int]
+    mesh: AnyMesh
     rows: int
     length: int | Lengths
     remat: str
@@ -70,7 +71,11 @@ class Work:
 
     @property
     def tensor(self) -> int:
-        return self.mesh["tensor"]
+        return self.mesh.shape["tensor"]
+
+    @property
+    def fsdp(self) -> int:
+        return self.mesh.shape["fsdp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +167,9 @@ def layers(base: Base) -> int:
 def gathers(work: Work) -> int:
     """A frozen weight that fsdp splits is put together for its use, in the activations' dtype; a quantised one is
     turned into it whether it is split or not.  One at a time: compiled programs show no more, the largest counts."""
-    split = work.mesh["fsdp"] > 1
+    split = work.fsdp > 1
     moved = [row for row in work.base.rows if is_kernel(row.path) and (split or work.base.quantises(row.path))]
-    return max((size_of(row) // row.shape[0] for row in moved), default=0) * work.item // work.tensor
+    return max((math.prod(row.shape) // row.shape[0] for row in moved), default=0) * work.item // work.tensor
 
 
 def loss(work: Work) -> int:
@@ -174,6 +179,6 @@ def loss(work: Work) -> int:
     words = c.vocab_size // work.tensor
     if work.platform == "tpu":
         words = even(words, BLOCK_WORDS, 128)
-    table = words * c.width if work.mesh["fsdp"] > 1 else 0
+    table = words * c.width if work.fsdp > 1 else 0
     logits = even(work.targets, CHUNK_TOKENS, 8) * words
     return int(logits * 4 * LOGITS + table * work.item + work.targets * c.width * (4 + work.item))

@@ -4,10 +4,12 @@ Every resource is as busy as it has to be and all of them work at a time; the sl
 reach 40 to 55 % of the products' bound.
 """
 
+import math
 from typing import NamedTuple
 
+from jaxtune.mesh import batch_shards
 from jaxtune.plan.chips import Chip
-from jaxtune.plan.flops import Flops, is_kernel, size_of
+from jaxtune.plan.flops import Flops, is_kernel
 from jaxtune.plan.memory import Held, Work, layers
 
 # Arrays of a layer that go through memory and back, in units of [N, D] and [N, F] of the activations' dtype, forward
@@ -41,7 +43,7 @@ def bound(chip: Chip, chips: int, one_row: Flops, has: Held, work: Work, *, offl
       one_row: of a row of `work.length`.  offload: whether the optimiser's state lies in the host's memory; then
         `has.optimiser` is none of it.
     """
-    rows = work.rows * work.turns * split_of(work)
+    rows = work.rows * work.turns * batch_shards(work.mesh)
     seconds = {
         "compute": one_row.hardware * rows / chips / chip.flops(work.dtype),
         "memory": traffic(has, work) / chip.bandwidth,
@@ -57,20 +59,12 @@ def on_host(work: Work, offload: bool) -> float:
     return 4.0 * work.trained * offload + 2.0 * inputs * (work.remat == "offload")
 
 
-def split_of(work: Work) -> int:
-    """Over how many chips rows are split."""
-    ways = 1
-    for axis, size in work.mesh.items():
-        ways *= size if axis != "tensor" else 1
-    return ways
-
-
 def traffic(has: Held, work: Work) -> float:
     """Bytes to and from a chip's memory: every weight once a pass (written too where it was gathered), activations, and
     what trains with its optimiser, read and written."""
     c = work.base.model.config
     passes = 2 + (work.remat != "none")
-    gathered = work.mesh["fsdp"] > 1
+    gathered = work.fsdp > 1
     weights = passes * linear_bytes(work) / work.tensor * (2 if gathered else 1)
     moved = (TRAFFIC["D"] * c.width + TRAFFIC["F"] * c.hidden / work.tensor) * work.item
     acts = moved * layers(work.base) * work.tokens
@@ -80,8 +74,8 @@ def traffic(has: Held, work: Work) -> float:
 def exchanged(work: Work) -> float:
     """Bytes that a chip receives in a step: weights that fsdp splits, put together forward and backward; sums of the
     trained leaves' gradients; of a tensor-parallel layer two sums of its activations forward and two backward."""
-    fsdp, tensor = work.mesh["fsdp"], work.tensor
-    repeats = split_of(work)
+    fsdp, tensor = work.fsdp, work.tensor
+    repeats = batch_shards(work.mesh)
     weights = 2.0 * linear_bytes(work) / tensor * (fsdp - 1) / fsdp * work.turns
     gradients = 2.0 * work.trained * (repeats - 1) / repeats
     again = 4 + 2 * (work.remat == "full")
@@ -92,5 +86,5 @@ def exchanged(work: Work) -> float:
 def linear_bytes(work: Work) -> int:
     """Of all linear layers in the dtype that they are multiplied in, and the table of the head."""
     c = work.base.model.config
-    kernels = sum(size_of(row) for row in work.base.rows if is_kernel(row.path))
+    kernels = sum(math.prod(row.shape) for row in work.base.rows if is_kernel(row.path))
     return (kernels + c.vocab_size * c.width) * work.item

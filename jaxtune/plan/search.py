@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtune.config import to_json
 from jaxtune.errors import UserError
 from jaxtune.hf.base import Base
+from jaxtune.mesh import batch_shards
 from jaxtune.plan import memory, roofline
 from jaxtune.plan.abstract import Laid, abstract_mesh, lay_out, open_config
 from jaxtune.plan.chips import Chip
@@ -47,12 +48,10 @@ def priced(c: Any, base: Base, chip: Chip, chips: int, laid: Laid) -> Plan:
     """`plan` of a run that is laid out already; of the config only what changes no argument of the step may be other
     than then: remat, and into how many micro-batches the batch is cut."""
     has, turns = memory.held(laid), c.train.gradient_accumulation_steps
-    sizes = dict(laid.mesh.shape)
-    ways = chips // sizes["tensor"]
     work = memory.Work(
         base,
-        sizes,
-        rows=c.train.global_batch_size // turns // ways,
+        laid.mesh,
+        rows=c.train.global_batch_size // turns // batch_shards(laid.mesh),
         length=laid.length,
         remat=c.train.remat,
         dtype=c.model.dtype,
@@ -82,7 +81,7 @@ def changed(c: Any, **values: Any) -> Any:
     return copy
 
 
-def smallest_slice(c: Any, base: Base, chip: Chip, length: Any = None) -> Plan | None:
+def smallest_slice(c: Any, base: Base, chip: Chip) -> Plan | None:
     """The config on the fewest chips on which it fits, its mesh stretched by fsdp; None where it fits on none."""
     for chips in chip.counts():
         shards = min(chips, c.train.global_batch_size // c.train.gradient_accumulation_steps)
@@ -95,8 +94,7 @@ def smallest_slice(c: Any, base: Base, chip: Chip, length: Any = None) -> Plan |
 
 def largest_batch(c: Any, base: Base, chip: Chip, chips: int, length: Any = None) -> Plan | None:
     """The most rows at a time that fit, in one micro-batch; None where not even one a chip does."""
-    sizes = abstract_mesh(c, chips).shape
-    ways = chips // sizes["tensor"]
+    ways = batch_shards(abstract_mesh(c, chips))
 
     def rows(n: int) -> Plan | None:
         batch = {"train__global_batch_size": n * ways, "train__gradient_accumulation_steps": 1}
@@ -161,8 +159,7 @@ def best(c: Any, base: Base, chip: Chip, chips: int, length: Any = None, most: i
 def nearest(c: Any, base: Base, chip: Chip, chips: int, length: Any = None) -> tuple[dict[str, Any], Plan] | None:
     """({key: value} to change, the plan) of the least change with which it fits: what costs nothing but time first,
     then what changes the result a little.  None where nothing here helps."""
-    size, sizes = c.train.global_batch_size, abstract_mesh(c, chips).shape
-    ways = chips // sizes["tensor"]
+    size, ways = c.train.global_batch_size, batch_shards(abstract_mesh(c, chips))
     full = to_json(c)["peft"]["method"] in ("full", "partial")
     steps: list[dict[str, Any]] = []
     if c.mesh.data > 1:
