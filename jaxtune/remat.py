@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.attention.causal import NAME as ATTENTION
+from jaxtune.attention.plain import NAME as ATTENTION
 from jaxtune.layers import PRODUCT
 
 # The name of what a layer begins with.

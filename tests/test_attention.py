@@ -70,7 +70,7 @@ def test_splash(heads, kv_heads, softcap, window):
     qkv, segments, weight = inputs(heads, kv_heads)
     how = {"window": window, "scale": 0.25, "softcap": softcap}
     expected = outcome(plain, qkv, segments, weight, **how)
-    kernel = outcome(lambda *x, **y: splash(*x, name="x", interpret=True, **y), qkv, segments, weight, **how)
+    kernel = outcome(lambda *x, **y: splash(*x, interpret=True, **y), qkv, segments, weight, **how)
     close(kernel, expected, 1e-5)
 
 
@@ -112,7 +112,7 @@ def test_splash_on_a_mesh():
         how = {"window": None, "scale": 0.25, "softcap": 30.0}
         expected = outcome(plain, qkv, segments, weight, **how)
         with jax.set_mesh(mesh):
-            kernel = outcome(lambda *x, **y: splash(*x, name="x", interpret=True, **y), qkv, segments, weight, **how)
+            kernel = outcome(lambda *x, **y: splash(*x, interpret=True, **y), qkv, segments, weight, **how)
         close(kernel, expected, 1e-5)
 
 

@@ -98,8 +98,8 @@ def test_gemma_2_2b_by_hand(two_b):
     assert one.attention / 2048 == 3 * attention
     assert one.adapters / 2048 == 6 * adapters
     assert one.per_token == pytest.approx(11.17e9, rel=1e-3)
-    # remat: the layers' forward pass once more; on TPUs the logits, too.
-    assert one.again / 2048 == 2 * layers + attention + 2 * adapters + 2 * head
+    # remat: the layers' forward pass once more, and the scores a third time; on TPUs the logits, too.
+    assert one.again / 2048 == 2 * layers + 1.5 * attention + 2 * adapters + 2 * head
 
     full = config(two_b, data__max_length=2048, peft__method="full")
     one = search.plan(full, abstract.open_config(full), CHIPS["v5e"], 8).flops
@@ -273,11 +273,11 @@ def test_less_is_less(two_b):
 
 
 def test_the_bound_by_hand(two_b):
-    """16 rows of 2048 on eight v5e: 11.17 GFLOP a token, 4.29 with remat and 1.18 for logits that are made twice, over
-    8 x 197 TFLOP/s."""
+    """16 rows of 2048 on eight v5e: 11.17 GFLOP a token, 4.40 that are computed again and 1.18 for logits that are made
+    twice, over 8 x 197 TFLOP/s."""
     one = plan_of(two_b)
     assert one.bound.binds == "compute"
-    assert one.bound.step == pytest.approx(16 * 2048 * 16.640e9 / (8 * 197e12), rel=1e-3)
+    assert one.bound.step == pytest.approx(16 * 2048 * 16.749e9 / (8 * 197e12), rel=1e-3)
     assert one.bound.tokens_per_second / 8 == pytest.approx(11_839, rel=1e-3)
 
 

@@ -14,13 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxtune.attention.blocks import by_blocks
 from jaxtune.attention.mosaic import mosaic, serves
-from jaxtune.attention.plain import Prefix, attend, visible, window_of
+from jaxtune.attention.plain import NAME, Prefix, window_of
 from jaxtune.attention.splash import splash
 from jaxtune.mesh import platform
 
-# The name of what a layer's attention gives, for policies of `jax.checkpoint`.
-NAME = "attn_out"
-# Up to this length all scores of a row fit beside the rest, and one program serves layers with any window.
+# Up to this length one program serves layers with any window: what a window spares is little.
 PLAIN = 512
 PLAIN_ON_TPU = 128
 
@@ -47,17 +45,15 @@ def causal(
     window = window_of(windows, kind)
     on_tpu = platform() == "tpu" and prefix is None
     if (PLAIN_ON_TPU if on_tpu else PLAIN) >= T:
-        slots = jnp.arange(T)
-        mask = visible(slots, segments, slots, segments, window)
-        return checkpoint_name(attend(q, k, v, mask, prefix=prefix, **how), NAME)
+        return by_blocks(q, k, v, segments, window=window, prefix=prefix, **how)
 
     if prefix is None and serves(q.dtype):
         return checkpoint_name(mosaic(q, k, v, segments, window, **how), NAME)
 
     def over(window: int | None) -> Callable[..., Any]:
         if on_tpu:
-            return lambda *x: splash(*x, window=window, name=NAME, **how)
-        return lambda *x: checkpoint_name(by_blocks(*x, window=window, prefix=prefix, **how), NAME)
+            return lambda *x: splash(*x, window=window, **how)
+        return lambda *x: by_blocks(*x, window=window, prefix=prefix, **how)
 
     # A window that this text does not outgrow is none: layers are of two kinds for a long text alone.
     there = [None if w is None or w >= T else w for w in windows]

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# The name of what a layer's attention gives, for policies of `jax.checkpoint`.
+NAME = "attn_out"
 # A window no text outgrows: what a global layer has.
 NO_WINDOW = 2**30
 

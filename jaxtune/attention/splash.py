@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
+from jaxtune.attention.plain import NAME
 from jaxtune.attention.share import shared
 
 # Queries and keys of a block, and a head's width, are multiples of what a TPU's registers hold.
@@ -27,7 +28,6 @@ def splash(
     window: int | None,
     scale: float,
     softcap: float | None,
-    name: str,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Equals `attend` with `visible`, but for padding, whose queries see padding.  Blocks that the mask hides are not
@@ -35,7 +35,6 @@ def splash(
 
     Args:
       window: how many keys back a query sees, itself included; None: all.
-      name: of what the backward pass needs of the forward pass, for policies of `jax.checkpoint`.
       interpret: run as plain operations, where there is no TPU.
     """
     T, H = q.shape[1], q.shape[3]
@@ -48,7 +47,7 @@ def splash(
     sizes = dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), block)
     sizes |= dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), block)
     how = {"block_sizes": kernels.BlockSizes(**sizes, use_fused_bwd_kernel=True), "attn_logits_soft_cap": softcap}
-    how |= {"head_shards": 1, "q_seq_shards": 1, "residual_checkpoint_name": name, "interpret": interpret}
+    how |= {"head_shards": 1, "q_seq_shards": 1, "residual_checkpoint_name": NAME, "interpret": interpret}
 
     def kernel(q, k, v, segments) -> Any:
         row = kernels.make_splash_mha(masks.MultiHeadMask([mask] * q.shape[1]), **how)

@@ -28,7 +28,7 @@ from jaxtune.attention import (
     visible,
     window_of,
 )
-from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, with_prompt
+from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, gated, with_prompt
 from jaxtune.remat import entered, rematerialised
 
 ACTIVATIONS = {
@@ -143,7 +143,7 @@ class MLP(nn.Module):
         c = self.config
         gate = Linear(c.hidden, ("embed", "mlp"), name="gate")(x)
         up = Linear(c.hidden, ("embed", "mlp"), name="up")(x)
-        return Linear(c.width, ("mlp", "embed"), name="down")(ACTIVATIONS[c.activation](gate) * up)
+        return Linear(c.width, ("mlp", "embed"), name="down")(gated(ACTIVATIONS[c.activation], gate, up))
 
 
 class Block(nn.Module):

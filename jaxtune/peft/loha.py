@@ -75,10 +75,10 @@ class LoHa:
         if pairs * (rows + columns) < rows * columns:
             a = (self.a1[:, :, None] * self.a2[:, None, :]).reshape(rows, pairs)
             b = (self.b1[:, None, :] * self.b2[None, :, :]).reshape(pairs, columns)
-            added = lora.low_rank(x, a, b)
+            added = lora.low_rank(x, a, b, self.scale.value)
         else:
-            added = matmul(x, self.product())
-        return y + lycoris.drop(added * self.scale.value, rng, self.rank_dropout, self.module_dropout)
+            added = matmul(x, self.product()) * self.scale.value
+        return y + lycoris.drop(added, rng, self.rank_dropout, self.module_dropout)
 
     def product(self) -> Any:
         return (self.a1 @ self.b1) * (self.a2 @ self.b2)

@@ -136,9 +136,9 @@ class Lora:
 
     def linear(self, x, y, w, rng):
         dropped = dropout(x, self.dropout, rng)
-        delta = low_rank(dropped, self.a, self.b) * self.scale.value
+        delta = low_rank(dropped, self.a, self.b, self.scale.value)
         if self.a0 is not None and self.b0 is not None:
-            y = y - low_rank(x, self.a0.value, self.b0.value) * self.scale.value
+            y = y - low_rank(x, self.a0.value, self.b0.value, self.scale.value)
         if self.magnitude is None:
             return y + delta
         gain = self.gain(w)[None]
@@ -205,8 +205,9 @@ class LoraTable:
         return {"lora_A.weight": b, "lora_B.weight": a}
 
 
-def low_rank(x, a, b):
-    return matmul(matmul(x, a).astype(x.dtype), b)
+def low_rank(x, a, b, scale):
+    """s x A B, scaled where it is narrow: the gradient of what comes out serves W and B as it is."""
+    return matmul((matmul(x, a) * scale).astype(x.dtype), b)
 
 
 def plan(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:

@@ -90,7 +90,7 @@ class RandLora:
         return (a.T, b.T) if w.shape[0] <= w.shape[1] else (b, a)
 
     def linear(self, x, y, w, rng):
-        return y + lora.low_rank(lora.dropout(x, self.dropout, rng), *self.factors(w)) * self.scale
+        return y + lora.low_rank(lora.dropout(x, self.dropout, rng), *self.factors(w), self.scale)
 
     def merged(self, w):
         first, second = self.factors(w)

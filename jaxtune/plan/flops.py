@@ -2,7 +2,7 @@
 
 The convention of MFU: 2P forward and 2P for the gradients of activations, and 2P more for those of the weights that
 train, so 4P with adapters and 6P for full tuning; attention where it looks (causal, within windows); what is computed
-again to save memory (remat) is not in it.  P are the linear layers and the head: rows of the embedding are looked up.
+again to save memory is not in it.  P are the linear layers and the head: rows of the embedding are looked up.
 
 Gemma 2 2b with LoRA of rank 8 on its seven projections, rows of 2048: 11.17 GFLOP a token, 16.3 in full tuning.
 """
@@ -23,7 +23,7 @@ class Flops:
     """What one row of the given length costs, forward and backward, in FLOP.
 
     layers, attention, adapters: of its tokens.  head: of its targets, at most all of the decoder's tokens.
-    again: what remat computes a second time.  tokens: in the row, both sides'.
+    again: what is computed a second time: by remat, and attention's scores.  tokens: in the row, both sides'.
     """
 
     layers: float
@@ -44,7 +44,7 @@ class Flops:
 
     @property
     def hardware(self) -> float:
-        """What the chip computes, remat included."""
+        """What the chip computes."""
         return self.row + self.again
 
 
@@ -87,8 +87,7 @@ def flops(
     head = 2.0 * base.model.config.vocab_size * base.model.config.width * whole[-1].tokens
     tied = base.model.config.tied and "params/embed/table" in trainable
     trains_head = len(inner) < len(trainable) or tied
-    # What attention gives is kept in `attn_out`, its scores are not.  Without a norm behind it nothing needs what the
-    # last product of a layer gives.
+    # Without a norm behind it nothing needs what the last product of a layer gives.
     last = [
         row
         for row in base.rows
@@ -97,8 +96,11 @@ def flops(
     products = forward + adapters / 3 - sum(2.0 * math.prod(row.shape) * met_by(row.path, length) for row in last)
     # In `dots` what a linear layer gives is kept too, with its adapter's part, but not what is inside: x A.
     inside = sum((2.0 * x.size * met_by(path, length) for path, x in inner.items() if path.endswith("/kernel/a")), 0.0)
-    again = {"none": 0.0, "dots": inside + attention / 2, "attn_out": products + attention / 2}.get(
-        remat, products + attention
+    # A decoder's attention makes its scores again whenever it goes back, an encoder-decoder's only where remat does.
+    scores = attention / 2
+    kept = scores if isinstance(length, int) else 0.0
+    again = {"none": kept, "dots": inside + scores, "attn_out": products + scores}.get(
+        remat, products + attention + kept
     )
     return Flops(
         layers=forward * passes + weights,

@@ -9,6 +9,8 @@ N tokens of one chip and micro-batch, D width, F hidden, H heads times their siz
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -17,13 +19,17 @@ from jaxtune.hf.base import Base
 from jaxtune.loss.how import BLOCK_WORDS, CHUNK_TOKENS, even
 from jaxtune.mesh import AnyMesh
 from jaxtune.plan.abstract import Laid, bytes_on_chip
-from jaxtune.plan.flops import is_kernel
+from jaxtune.plan.flops import is_adapter_of_kernel, is_kernel
 
-# How many arrays of a layer's kind live together while it is computed again and differentiated: [N, D], [N, F], [N, H].
-# Fitted; the sums of products are float32, so that these are of four bytes.
-WORKING = {"D": 5.5, "F": 6.25, "H": 4.6}
+# How many arrays of a layer's kind live together while it is computed again and differentiated: [N, D], [N, F] and
+# [N, H], of four bytes, as the sums of products are.  An adapter's products are beside those of its kernel, and of the
+# first there are more where `tensor` sums them over chips.  Fitted, as is what follows.
+WORKING, SUMMED = {"D": 1.5, "F": 3.15, "H": 2.5}, 5.0
 # Of a layer's saved arrays without remat, in the activations' dtype.
 SAVED = {"D": 8.0, "F": 5.0, "H": 5.0}
+# Copies of a layer's kernels that fsdp puts together or quantisation turns back, in the activations' dtype, and of the
+# largest of them in float32 while four bits become numbers.
+GATHERED, DECODED = 1.15, 1.65
 # Logits of a block, and what is made of them before they go: float32 logits, probabilities, the gradient.
 LOGITS = 2.0
 
@@ -40,7 +46,8 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step's temporary memory depends on.  rows: of a micro-batch on one chip."""
+    """What a step's temporary memory depends on.  rows: of a micro-batch on one chip.  trained: bytes,
+    of what `trainable` has by path."""
 
     base: Base
     mesh: AnyMesh
@@ -51,6 +58,7 @@ class Work:
     platform: str
     trained: int
     turns: int
+    trainable: Mapping[str, Any]
 
     @property
     def tokens(self) -> int:
@@ -149,9 +157,18 @@ def activations(work: Work) -> int:
 
 
 def layer(work: Work) -> int:
-    """One layer computed again and differentiated."""
+    """One layer computed again and differentiated.  Kernels that train have their gradients here before each chip has
+    its share of them, and so have tables."""
     wide, hidden, heads = sizes(work)
-    return int((WORKING["D"] * wide + WORKING["F"] * hidden + WORKING["H"] * heads) * 4 * work.tokens)
+    beside = 2 if any(is_adapter_of_kernel(path, x) for path, x in work.trainable.items()) else 1
+    own = beside * (WORKING["D"] * wide + WORKING["F"] * hidden + WORKING["H"] * heads)
+    own += SUMMED * wide * (work.tensor > 1)
+    whole = sum(
+        math.prod(x.shape) / (x.shape[0] if is_kernel(path) else 1)
+        for path, x in work.trainable.items()
+        if path.startswith("params/") and (is_kernel(path) or path.endswith("/table"))
+    )
+    return int(own * 4 * work.tokens + (whole * 4 / work.tensor if work.fsdp > 1 else 0))
 
 
 def sizes(work: Work) -> tuple[float, float, float]:
@@ -165,11 +182,15 @@ def layers(base: Base) -> int:
 
 
 def gathers(work: Work) -> int:
-    """A frozen weight that fsdp splits is put together for its use, in the activations' dtype; a quantised one is
-    turned into it whether it is split or not.  One at a time: compiled programs show no more, the largest counts."""
-    split = work.fsdp > 1
-    moved = [row for row in work.base.rows if is_kernel(row.path) and (split or work.base.quantises(row.path))]
-    return max((math.prod(row.shape) // row.shape[0] for row in moved), default=0) * work.item // work.tensor
+    """Frozen weights that fsdp splits are put together for their use, those of a layer at a time; quantised ones are
+    turned into the activations' dtype whether they are split or not."""
+    rows = [row for row in work.base.rows if is_kernel(row.path)]
+    coded = [row for row in rows if work.base.quantises(row.path)]
+    moved = rows if work.fsdp > 1 else coded
+    four_bits = work.base.quant is not None and work.base.quant.kind != "int8"
+    of_layer = sum(math.prod(row.shape) / row.shape[0] for row in moved)
+    largest = max((math.prod(row.shape) / row.shape[0] for row in coded), default=0.0) if four_bits else 0.0
+    return int((GATHERED * of_layer * work.item + DECODED * largest * 4) / work.tensor)
 
 
 def loss(work: Work) -> int:

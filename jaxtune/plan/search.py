@@ -58,6 +58,7 @@ def priced(c: Any, base: Base, chip: Chip, chips: int, laid: Laid) -> Plan:
         platform=chip.platform,
         trained=has.trained,
         turns=turns,
+        trainable=laid.state.trainable,
     )
     one_row = flops(base, laid.state.trainable, laid.length, c.train.remat, blocks=chip.platform == "tpu")
     bound = roofline.bound(chip, chips, one_row, has, work, offload=c.optim.offload)
