@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxtune.mesh import spec
+from jaxtune.mesh import alone_on_cpu, spec
 from jaxtune.quant.box import Quantised
 from jaxtune.typing import Tree
 
@@ -53,14 +53,56 @@ def _matmul_backward(residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
     dx = jax.lax.dot_general(g, w.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    # The narrower side is the one to turn over: for an adapter's A a CPU takes a fifth of the time.  (Without the
-    # barrier XLA turns it back.)
+    return dx.astype(x.dtype), _of_weight(x, w, g)
+
+
+def _of_weight(x, w, g):
+    """w's gradient.  The narrower side is the one to turn over: for an adapter's A a CPU takes a fifth of the time.
+    (Without the barrier XLA turns it back.)"""
     a, b = (x, g) if x.shape[1] <= g.shape[1] else (g, x)
     dw = jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), (dw if a is x else jax.lax.optimization_barrier(dw).T).astype(w.dtype)
+    return (dw if a is x else jax.lax.optimization_barrier(dw).T).astype(w.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def with_low_rank(
+    y: Float[Array, "N O"], x: Float[Array, "N I"], w: Any, low: Float[Array, "N R"], b: Float[Array, "R O"]
+) -> Float[Array, "N O"]:
+    """y + low B, where y is x W.
+
+    On a CPU in float32 one product of both, where it is wide: a second array of y's size, in memory that no one has
+    touched yet, takes as long as the product by B.
+    """
+    plain = isinstance(w, Quantised) or w.shape[0] > w.shape[1] or x.dtype != jnp.float32
+    return y + matmul(low, b) if plain or not alone_on_cpu() else _joined(x, w, low, b)
+
+
+@jax.custom_vjp
+def _joined(x, w, low, b):
+    """[x low] @ [W; B]"""
+    return jnp.matmul(*_side_by_side(x, w, low, b), preferred_element_type=jnp.float32)
+
+
+def _side_by_side(x, w, low, b):
+    return jnp.concatenate([x, low], axis=1), jnp.concatenate([w.astype(x.dtype), b.astype(x.dtype)])
+
+
+def _joined_forward(x, w, low, b):
+    return _joined(x, w, low, b), (x, w, low, b)
+
+
+def _joined_backward(residuals, g):
+    x, w, low, b = residuals
+    g = g.astype(x.dtype)
+    _, weights = _side_by_side(x, w, low, b)
+    d = jax.lax.dot_general(g, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dx, d_low = d[:, : x.shape[1]].astype(x.dtype), d[:, x.shape[1] :].astype(x.dtype)
+    return dx, _of_weight(x, w, g), d_low, _of_weight(low, b, g)
+
+
+_joined.defvjp(_joined_forward, _joined_backward)
 
 
 def take_rows(table: Any, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -140,14 +182,18 @@ class Linear(nn.Module):
         return checkpoint_name(y.astype(x.dtype), PRODUCT).reshape(*x.shape[:-1], self.features)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(activation: Callable[[Array], Array], gate: Float[Array, "*b I"], up: Float[Array, "*b I"]) -> Array:
     """activation(gate) * up, of which the backward pass keeps no more than the two: the widest arrays of a layer."""
+    return _gated(activation, gate, up)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation, gate, up):
     return activation(gate) * up
 
 
 def _gated_forward(activation, gate, up):
-    return activation(gate) * up, (gate, up)
+    return _gated(activation, gate, up), (gate, up)
 
 
 def _gated_backward(activation, residuals, g):
@@ -156,7 +202,7 @@ def _gated_backward(activation, residuals, g):
     return back(g * up)[0], g * y
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 class RMSNorm(nn.Module):

@@ -145,6 +145,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def alone_on_cpu() -> bool:
+    """Whether a program is traced for one CPU, which needs fresh memory spared and has nothing to share out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtune.attention.plain import NAME, Prefix, visible
-from jaxtune.mesh import platform
+from jaxtune.mesh import alone_on_cpu, platform
 
 # Queries of a block, if there are no more than so many blocks: each is compiled for itself.
 BLOCK, BLOCK_ON_CPU = 512, 128
@@ -109,9 +109,8 @@ def each_row(function: Callable[..., Any], given: Given, *rest: Array) -> Any:
     def row(x: Any) -> Any:
         return function(x[0]._replace(**shared), *x[1])
 
-    # Scores of one row stay in a core's cache, those of a batch do not.  Rows of several devices go side by side.
-    mesh = jax.sharding.get_abstract_mesh()
-    if platform() == "cpu" and (mesh.empty or mesh.size == 1):
+    # Scores of one row stay in a core's cache, those of a batch do not.
+    if alone_on_cpu():
         return jax.lax.map(row, (rows, rest))
     return jax.vmap(row)((rows, rest))
 

@@ -28,7 +28,8 @@ Message = dict[str, str]
 MAX_TEMPLATE_CHARS = 128 * 1024
 # What a template may write beyond the conversation itself, which may be long.
 MAX_OUTPUT_CHARS = 1024 * 1024
-MAX_SECONDS = 1.0
+# Of the processor.  A collection of garbage falls into it, which in a process with many programs takes a second.
+MAX_SECONDS = 3.0
 MAX_NUMBER = 10_000
 
 # The named templates, for checkpoints that have none or not the wanted one.

@@ -24,7 +24,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxtune.attention import NO_WINDOW, Cache, Prefix, Source, attend, heads_first, together, visible
-from jaxtune.layers import Embedding, Head, Linear, RMSNorm, adapter_of, constrain, dropout, weight_of, with_prompt
+from jaxtune.layers import (
+    Embedding,
+    Head,
+    Linear,
+    RMSNorm,
+    adapter_of,
+    constrain,
+    dropout,
+    gated,
+    weight_of,
+    with_prompt,
+)
 from jaxtune.models import decoder
 from jaxtune.remat import ATTENTION, entered, rematerialised
 
@@ -136,7 +147,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         c = self.config
         act, up = ACTIVATIONS[c.activation], Linear(c.hidden, ("embed", "mlp"), name="up")(x)
-        y = act(Linear(c.hidden, ("embed", "mlp"), name="gate")(x)) * up if c.gated else act(up)
+        y = gated(act, Linear(c.hidden, ("embed", "mlp"), name="gate")(x), up) if c.gated else act(up)
         return Linear(c.width, ("mlp", "embed"), name="down")(drop(self, y))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 
 from jaxtune.errors import UserError
-from jaxtune.layers import dropout, matmul, take_rows
+from jaxtune.layers import dropout, matmul, take_rows, with_low_rank
 from jaxtune.peft import lora_init, token_rows
 from jaxtune.peft.keys import check_choice, check_count, check_fraction, check_number, check_targets
 from jaxtune.peft.method import QUERY_VALUE, Fixed, Layout, Site, Start, box, pattern_value, select, site_key, take
@@ -136,7 +136,10 @@ class Lora:
 
     def linear(self, x, y, w, rng):
         dropped = dropout(x, self.dropout, rng)
-        delta = low_rank(dropped, self.a, self.b, self.scale.value)
+        low = narrowed(dropped, self.a, self.scale.value)
+        if self.a0 is None and self.magnitude is None:
+            return with_low_rank(y, x, w, low, self.b)
+        delta = matmul(low, self.b)
         if self.a0 is not None and self.b0 is not None:
             y = y - low_rank(x, self.a0.value, self.b0.value, self.scale.value)
         if self.magnitude is None:
@@ -205,9 +208,14 @@ class LoraTable:
         return {"lora_A.weight": b, "lora_B.weight": a}
 
 
+def narrowed(x, a, scale):
+    """s x A.  Scaled here, so that the gradient of what B makes of it serves W and B as it is."""
+    return (matmul(x, a) * scale).astype(x.dtype)
+
+
 def low_rank(x, a, b, scale):
-    """s x A B, scaled where it is narrow: the gradient of what comes out serves W and B as it is."""
-    return matmul((matmul(x, a) * scale).astype(x.dtype), b)
+    """s x A B"""
+    return matmul(narrowed(x, a, scale), b)
 
 
 def plan(layout: Layout, config: Config) -> dict[str, tuple[int, ...]]:
