@@ -377,7 +377,7 @@ class TestCommand:
     def test_a_killed_run(self, place, tmp_path):
         """kill -9 leaves a run that can be exported: its newest checkpoint, which peft runs."""
         process = tiny_run.start(place, tmp_path / "run", "train.steps=4000")
-        for _ in range(600):
+        for _ in range(2400):
             if any((tmp_path / "run" / "checkpoints" / str(step)).is_dir() for step in range(3, 4000, 3)):
                 break
             time.sleep(0.1)

@@ -22,7 +22,7 @@ from jaxtune import cadence, config, deterministic, identity, kept, optim, origi
 from jaxtune.data.examples import Prompt
 from jaxtune.errors import CannotCreateError, DataError, MissingInputError, NoCheckpointError, UserError
 
-PATIENCE = 240
+PATIENCE = 600
 STEPS = 20
 # 60 rows in batches of 8: epochs end in steps 8, 15 and 23.
 EPOCHS = ["train.save_unit=epoch", "train.eval_unit=epoch", "train.eval_every=1", "train.save_every=none"]

@@ -29,7 +29,7 @@ from jaxtune import rundir, train
 from jaxtune.errors import CannotCreateError, DataError, StorageError, UserError
 from jaxtune.signals import stop_requests
 
-PATIENCE = 240  # seconds until a run that does not come to its point is given up
+PATIENCE = 600  # seconds until a run that does not come to its point is given up
 TOKEN = "hf_" + "cAnArY" * 6
 RESUMED = re.compile("^resumed at step ([0-9]+) of", re.MULTILINE)
 
