@@ -38,17 +38,15 @@ GIB = 2**30
 def by_jaxtune(rows: int) -> dict[str, Any]:
     from jaxtune.plan import refresh, search
     from jaxtune.plan.abstract import open_config
-    from jaxtune.plan.chips import CHIPS as KNOWN
+    from jaxtune.plan.chips import chip_named
     from jaxtune.plan.compile import Compiled, compile_config
 
     with refresh.config_of(refresh.Case("gemma-2-2b", "lora", "v5e", CHIPS, rows, {})) as c:
-        base = open_config(c)
-        one = search.plan(c, base, KNOWN["v5e"], CHIPS)
-        found = compile_config(c, base, KNOWN["v5e"], CHIPS)
-    flops = one.flops.hardware * rows
-    return {"bytes": found.total if isinstance(found, Compiled) else found.needs, "flops": flops} | {
-        "fits": isinstance(found, Compiled)
-    }
+        base, chip = open_config(c), chip_named("v5e")
+        flops = search.plan(c, base, chip, CHIPS).flops.hardware * rows
+        found = compile_config(c, base, chip, CHIPS)
+    fits = isinstance(found, Compiled)
+    return {"fits": fits, "bytes": found.total if fits else found.needs, "flops": flops}
 
 
 def by_tunix(rows: int) -> dict[str, Any]:

@@ -52,8 +52,15 @@ def _matmul_forward(x, w):
 def _matmul_backward(residuals, g):
     x, w = residuals
     g = g.astype(x.dtype)
-    dx = jax.lax.dot_general(g, w.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), _of_weight(x, w, g)
+    return _of_input(w.astype(x.dtype), g).astype(x.dtype), _of_weight(x, w, g)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _of_input(w, g):
+    """x's gradient, float32."""
+    return jax.lax.dot_general(g, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _of_weight(x, w, g):
@@ -64,9 +71,6 @@ def _of_weight(x, w, g):
     return (dw if a is x else jax.lax.optimization_barrier(dw).T).astype(w.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
 def with_low_rank(
     y: Float[Array, "N O"], x: Float[Array, "N I"], w: Any, low: Float[Array, "N R"], b: Float[Array, "R O"]
 ) -> Float[Array, "N O"]:
@@ -75,8 +79,10 @@ def with_low_rank(
     On a CPU in float32 one product of both, where it is wide: a second array of y's size, in memory that no one has
     touched yet, takes as long as the product by B.
     """
-    plain = isinstance(w, Quantised) or w.shape[0] > w.shape[1] or x.dtype != jnp.float32
-    return y + matmul(low, b) if plain or not alone_on_cpu() else _joined(x, w, low, b)
+    wide = not isinstance(w, Quantised) and w.shape[0] <= w.shape[1]
+    if wide and x.dtype == jnp.float32 and alone_on_cpu():
+        return _joined(x, w, low, b)
+    return y + matmul(low, b)
 
 
 @jax.custom_vjp
@@ -97,8 +103,7 @@ def _joined_backward(residuals, g):
     x, w, low, b = residuals
     g = g.astype(x.dtype)
     _, weights = _side_by_side(x, w, low, b)
-    d = jax.lax.dot_general(g, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dx, d_low = d[:, : x.shape[1]].astype(x.dtype), d[:, x.shape[1] :].astype(x.dtype)
+    dx, d_low = jnp.split(_of_input(weights, g).astype(x.dtype), [x.shape[1]], axis=1)
     return dx, _of_weight(x, w, g), d_low, _of_weight(low, b, g)
 
 

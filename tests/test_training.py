@@ -201,13 +201,13 @@ def test_lora_dropout_is_on_the_input_of_a():
     from jaxtune.peft.lora import Lora
     from jaxtune.peft.method import Fixed
 
-    x, y = jnp.ones((400, 50)), jnp.zeros((400, 1))
+    x, y, w = jnp.ones((400, 50)), jnp.zeros((400, 1)), jnp.zeros((50, 1))
     lora = Lora(jnp.ones((50, 1)), jnp.ones((1, 1)), Fixed(jnp.float32(2.0)), (1,), 0.2)
-    out = np.asarray(lora.linear(x, y, None, jax.random.key(0)))[:, 0] / 2
+    out = np.asarray(lora.linear(x, y, w, jax.random.key(0)))[:, 0] / 2
     kept = np.round(out * 0.8)
     np.testing.assert_allclose(out, kept / 0.8, rtol=1e-5)
     assert abs(kept.mean() / 50 - 0.8) < 0.01 and kept.std() > 2
-    assert np.all(np.asarray(lora.linear(x, y, None, None)) == 100)
+    assert np.all(np.asarray(lora.linear(x, y, w, None)) == 100)
 
 
 class TestOptimisers:

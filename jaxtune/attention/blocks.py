@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtune.attention.plain import NAME, Prefix, visible
+from jaxtune.attention.plain import NAME, Prefix, heads_first, visible
 from jaxtune.mesh import alone_on_cpu, platform
 
 # Queries of a block, if there are no more than so many blocks: each is compiled for itself.
@@ -39,8 +39,8 @@ class Given(NamedTuple):
     v: Float[Array, "*B K T H"]
     segments: Int[Array, "*B T"]
     window: Int[Array, ""]
-    first_k: Float[Array, "P K H"] | None = None
-    first_v: Float[Array, "P K H"] | None = None
+    first_k: Float[Array, "K P H"] | None = None
+    first_v: Float[Array, "K P H"] | None = None
     first_mask: Bool[Array, "*B T P"] | None = None
 
 
@@ -69,8 +69,11 @@ def by_blocks(
     most = BLOCK_ON_CPU if platform() == "cpu" else BLOCK
     how = How(window if isinstance(window, int) else None, scale, softcap, block or max(most, multiple(T)))
     distance = jnp.asarray(T if window is None else window, jnp.int32)
-    first = (None, None, None) if prefix is None else (prefix.k, prefix.v, prefix.mask)
-    return _attention(how, Given(q, k, v, segments, distance, *first))
+    given = Given(q, k, v, segments, distance)
+    if prefix is not None:
+        first_k, first_v = heads_first(jnp.stack([prefix.k, prefix.v]))
+        given = given._replace(first_k=first_k, first_v=first_v, first_mask=prefix.mask)
+    return _attention(how, given)
 
 
 def multiple(length: int) -> int:
@@ -92,10 +95,9 @@ def _forward(how: How, given: Given):
 def _backward(how: How, residuals: Any, g: Float[Array, "B T N H"]):
     given, *rest = residuals
     d_q, d_k, d_v, *d_first = each_row(functools.partial(_row_backward, how), given, *rest, g)
-    of_ints = {"segments": None, "window": None, "first_mask": None}
-    of_first = [jnp.sum(d, axis=0).transpose(1, 0, 2).astype(g.dtype) for d in d_first]
-    d_given = given._replace(q=d_q, k=d_k, v=d_v, **of_ints)
-    return (d_given._replace(**dict(zip(("first_k", "first_v"), of_first, strict=False))),)
+    d_first_k, d_first_v = jax.tree.map(lambda d: jnp.sum(d, axis=0).astype(g.dtype), d_first)
+    d_floats = {"q": d_q, "k": d_k, "v": d_v, "first_k": d_first_k, "first_v": d_first_v}
+    return (given._replace(**dict.fromkeys(Given._fields) | d_floats),)
 
 
 _attention.defvjp(_forward, _backward)
@@ -116,14 +118,13 @@ def each_row(function: Callable[..., Any], given: Given, *rest: Array) -> Any:
 
 
 class Block(NamedTuple):
-    """A block of a row.  queries, keys: where they are.  first: how many of the S keys are a prefix's.
+    """A block of a row.  queries, keys: where they are; a prefix's keys are before these among the S.
 
     On CPUs q, k and v are float32: what bfloat16 spares in products of so few columns, its rounding costs.
     """
 
     queries: slice
     keys: slice
-    first: int
     q: Float[Array, "K GQ H"]
     k: Float[Array, "K S H"]
     v: Float[Array, "K S H"]
@@ -131,8 +132,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(how: How, row: Given) -> Iterator[Block]:
-    T, P = len(row.q), 0 if row.first_k is None else len(row.first_k)
-    q = by_heads(row.q, len(row.k))
+    T, q = len(row.q), by_heads(row.q, len(row.k))
     segments = row.segments[None]
     kind = jnp.float32 if platform() == "cpu" else q.dtype
     for start in range(0, T, how.block):
@@ -142,11 +142,11 @@ def blocks_of(how: How, row: Given) -> Iterator[Block]:
         mask = visible(slots[start - low :], segments[:, start:end], slots, segments[:, low:end], row.window)[0]
         k, v = row.k[:, low:end], row.v[:, low:end]
         if row.first_k is not None and row.first_v is not None and row.first_mask is not None:
-            k = jnp.concatenate([row.first_k.transpose(1, 0, 2), k], axis=1)
-            v = jnp.concatenate([row.first_v.transpose(1, 0, 2), v], axis=1)
+            k = jnp.concatenate([row.first_k, k], axis=1)
+            v = jnp.concatenate([row.first_v, v], axis=1)
             mask = jnp.concatenate([row.first_mask[start:end], mask], axis=1)
         part, k, v = (x.astype(kind) for x in (folded(q[:, :, start:end]), k, v))
-        yield Block(slice(start, end), slice(low, end), P, part, k, v, mask)
+        yield Block(slice(start, end), slice(low, end), part, k, v, mask)
 
 
 def by_heads(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "K G T H"]:
@@ -190,11 +190,11 @@ def _row_forward(how: How, row: Given) -> tuple[Float[Array, "T N H"], Float[Arr
     return unfolded(outs, row.q), jnp.concatenate(log_sums, axis=2)
 
 
-def _row_backward(how: How, row: Given, out: Array, log_sum: Array, g: Array) -> tuple[Array, ...]:
-    """Gradients of q, k and v, and of a prefix's k and v [K, P, H]."""
+def _row_backward(how: How, row: Given, out: Array, log_sum: Array, g: Array) -> tuple[Array | None, ...]:
+    """Gradients of q, k and v, and of a prefix's k and v [K, P, H], or None."""
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     mean, g = by_heads(mean, len(row.k)), by_heads(g, len(row.k))
-    P = 0 if row.first_k is None else len(row.first_k)
+    P = 0 if row.first_k is None else row.first_k.shape[1]
     # Turned over, which is the faster way to multiply them.
     d_q, d_k, d_v = [], *(jnp.zeros((len(x), x.shape[2], P + x.shape[1]), jnp.float32) for x in (row.k, row.v))
     for block in blocks_of(how, row):
@@ -209,11 +209,11 @@ def _row_backward(how: How, row: Given, out: Array, log_sum: Array, g: Array) ->
         d_k = added(d_k, block, product("KQH,KQS->KHS", block.q, d_scores))
         d_v = added(d_v, block, product("KQH,KQS->KHS", part, weights))
     d_k, d_v = d_k.swapaxes(1, 2).astype(row.k.dtype), d_v.swapaxes(1, 2).astype(row.v.dtype)
-    d_row = unfolded(d_q, row.q), d_k[:, P:], d_v[:, P:]
-    return d_row if P == 0 else (*d_row, d_k[:, :P], d_v[:, :P])
+    d_first = (d_k[:, :P], d_v[:, :P]) if P else (None, None)
+    return unfolded(d_q, row.q), d_k[:, P:], d_v[:, P:], *d_first
 
 
 def added(total: Float[Array, "K H PT"], block: Block, new: Float[Array, "K H S"]) -> Float[Array, "K H PT"]:
-    P = block.first
+    P = new.shape[2] - (block.keys.stop - block.keys.start)
     total = total.at[:, :, P + block.keys.start : P + block.keys.stop].add(new[:, :, P:])
     return total.at[:, :, :P].add(new[:, :, :P]) if P else total

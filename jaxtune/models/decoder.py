@@ -119,10 +119,8 @@ class Attention(nn.Module):
         q = rotate(q, positions, layer["inverse_frequency"])
         k = rotate(k, positions, layer["inverse_frequency"])
         k, v = heads_first(k), heads_first(v)
-        window, how = (
-            window_of(c.kinds, layer["kind"]),
-            {"scale": c.query_scale, "softcap": c.attention_softcap, "prefix": None},
-        )
+        window = window_of(c.kinds, layer["kind"])
+        how = {"scale": c.query_scale, "softcap": c.attention_softcap, "prefix": None}
         if "prefix" in layer:
             first_k, first_v = layer["prefix"]
             how["prefix"] = Prefix(first_k, first_v, prefix_visible(positions, first_k.shape[0], window))

@@ -46,8 +46,8 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step's temporary memory depends on.  rows: of a micro-batch on one chip.  trained: bytes,
-    of what `trainable` has by path."""
+    """What a step's temporary memory depends on.  rows: of a micro-batch on one chip.  trainable: what
+    trains, by path."""
 
     base: Base
     mesh: AnyMesh
@@ -56,9 +56,13 @@ class Work:
     remat: str
     dtype: str
     platform: str
-    trained: int
     turns: int
     trainable: Mapping[str, Any]
+
+    @property
+    def trained(self) -> int:
+        """Bytes of what trains."""
+        return bytes_on_chip(dict(self.trainable))
 
     @property
     def tokens(self) -> int:
@@ -164,7 +168,7 @@ def layer(work: Work) -> int:
     own = beside * (WORKING["D"] * wide + WORKING["F"] * hidden + WORKING["H"] * heads)
     own += SUMMED * wide * (work.tensor > 1)
     whole = sum(
-        math.prod(x.shape) / (x.shape[0] if is_kernel(path) else 1)
+        math.prod(x.shape[1:] if is_kernel(path) else x.shape)
         for path, x in work.trainable.items()
         if path.startswith("params/") and (is_kernel(path) or path.endswith("/table"))
     )
@@ -188,8 +192,8 @@ def gathers(work: Work) -> int:
     coded = [row for row in rows if work.base.quantises(row.path)]
     moved = rows if work.fsdp > 1 else coded
     four_bits = work.base.quant is not None and work.base.quant.kind != "int8"
-    of_layer = sum(math.prod(row.shape) / row.shape[0] for row in moved)
-    largest = max((math.prod(row.shape) / row.shape[0] for row in coded), default=0.0) if four_bits else 0.0
+    of_layer = sum(math.prod(row.shape[1:]) for row in moved)
+    largest = max((math.prod(row.shape[1:]) for row in coded), default=0) if four_bits else 0
     return int((GATHERED * of_layer * work.item + DECODED * largest * 4) / work.tensor)
 
 

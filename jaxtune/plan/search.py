@@ -56,7 +56,6 @@ def priced(c: Any, base: Base, chip: Chip, chips: int, laid: Laid) -> Plan:
         remat=c.train.remat,
         dtype=c.model.dtype,
         platform=chip.platform,
-        trained=has.trained,
         turns=turns,
         trainable=laid.state.trainable,
     )
