@@ -131,10 +131,12 @@ def by_peft(a: argparse.Namespace) -> Work:
 
 
 def by_jaxtune(a: argparse.Namespace) -> Work:
+    from jaxtune import compiler
     from jaxtune.data.batches import collate_packs
     from jaxtune.data.packing import pack
     from jaxtune.hf.base import open_base
 
+    compiler.keep_memory()
     base = open_base(str(a.directory / "base"), dtype=a.dtype, remat=a.remat, unroll=a.unroll)
     section = {"method": "lora", "init_from": str(a.directory / "adapter"), "target_modules": "all-linear"}
     step = stepper(base, section, dtype=a.dtype)

@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     workdir: Path = arguments.workdir
     c: Any = arguments.config
     deterministic.ask(c.train.deterministic)
+    compiler.keep_memory()
     hosts.start()
     compiler.keep_programs()
     first = hosts.first()  # alone writes to the run directory

@@ -1,4 +1,9 @@
-"""What XLA is told, and where programs are kept."""
+"""What XLA is told, and where programs and memory are kept."""
+
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +43,25 @@ def test_programs_are_kept_for_accelerators(monkeypatch, tmp_path, backend, name
         jax.config.update("jax_compilation_cache_dir", before)
         compiler.keep_programs.cache_clear()
     assert found == (str(tmp_path / expected) if expected else before)
+
+
+STEPS_OF_64_MB = """
+import json, resource, jax, jax.numpy as jnp
+from jaxtune import compiler
+compiler.keep_memory()
+step = jax.jit(lambda x: jnp.sum(jnp.tanh(x @ x.T) @ x))
+x, faults = jnp.ones((4096, 8)), []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(faults))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc alone is told")
+def test_steps_on_cpus_use_the_memory_of_those_before():
+    """16,384 pages, of which none is fresh again."""
+    code = [sys.executable, "-c", STEPS_OF_64_MB]
+    done = subprocess.run(code, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, capture_output=True, text=True)
+    assert max(json.loads(done.stdout)[2:]) < 1000

@@ -106,15 +106,24 @@ _attention.defvjp(_forward, _backward)
 def each_row(function: Callable[..., Any], given: Given, *rest: Array) -> Any:
     """`function(given of a row, rest of it)` of each of the B rows, stacked."""
     shared = {"window": given.window, "first_k": given.first_k, "first_v": given.first_v}
-    rows = given._replace(**dict.fromkeys(shared))
+    rows = given._replace(**dict.fromkeys(shared)), rest
 
-    def row(x: Any) -> Any:
-        return function(x[0]._replace(**shared), *x[1])
+    def row(given: Given, rest: tuple[Array, ...]) -> Any:
+        return function(given._replace(**shared), *rest)
 
     # Scores of one row stay in a core's cache, those of a batch do not.
-    if alone_on_cpu():
-        return jax.lax.map(row, (rows, rest))
-    return jax.vmap(row)((rows, rest))
+    return one_by_one(row, rows) if alone_on_cpu() else jax.vmap(row)(*rows)
+
+
+def one_by_one(function: Callable[..., Any], rows: Any) -> Any:
+    """`jax.lax.map`, each row taken a turn ahead: XLA's CPU compiler would take a row's segments out of those of all
+    rows for each score, in one loop with its exp, which then goes number by number."""
+
+    def row(i: Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
+
+    turns = jnp.arange(len(jax.tree.leaves(rows)[0]))
+    return jax.lax.scan(lambda now, i: (row(i + 1), function(*now)), row(turns[0]), turns)[1]
 
 
 class Block(NamedTuple):

@@ -107,14 +107,25 @@ def each_block(how: How, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 
 def hits(block: Block, targets: Int[Array, " C"]) -> Bool[Array, "C W"]:
-    """A comparison, not a gather: it fits blocks of which most hold no target."""
     ids = block.first + jnp.arange(len(block.rows))
     hit = ids[None] == targets[:, None]
     return hit if block.new is None else hit & block.new[None]
 
 
-def seen(how: How, raw: Float[Array, "C W"], hit: Bool[Array, "C W"], block: Block, before: Seen) -> Seen:
-    """With one block more."""
+def of_targets(how: How, raw: Float[Array, "C W"], block: Block, targets: Int[Array, " C"]) -> Float[Array, " C"]:
+    """A target's logit; zero where it is in another block."""
+    if how.blocks > 1:  # most targets are: a sum in the pass that is made anyway
+        return jnp.sum(jnp.where(hits(block, targets), raw, 0.0), axis=1)
+    place = targets - block.first
+    own = (place >= 0) & (place < how.block)
+    return jnp.where(own, jnp.take_along_axis(raw, jnp.where(own, place, 0)[:, None], axis=1)[:, 0], 0.0)
+
+
+def seen(
+    how: How, raw: Float[Array, "C W"], block: Block, targets: Int[Array, " C"], before: Seen
+) -> tuple[Seen, Float[Array, "C W"]]:
+    """With one block more, and that block's summands."""
+    target = before.target + of_targets(how, raw, block, targets)
     if block.new is not None:
         raw = jnp.where(block.new[None], raw, LOWEST)
     top = jnp.maximum(before.top, jnp.max(raw, axis=1))
@@ -122,7 +133,7 @@ def seen(how: How, raw: Float[Array, "C W"], hit: Bool[Array, "C W"], block: Blo
     if block.new is not None:  # a soft-cap makes a number like others of the lowest
         summands = jnp.where(block.new[None], summands, 0.0)
     total = before.total * jnp.exp(capped(how, before.top) - capped(how, top)) + jnp.sum(summands, axis=1)
-    return Seen(top, total, before.target + jnp.sum(jnp.where(hit, raw, 0.0), axis=1))
+    return Seen(top, total, target), summands
 
 
 def nothing(n: int) -> Seen:
@@ -155,8 +166,8 @@ def look(how: How, tokens: Tokens, table: Any) -> Found:
 
         def turn(i: Any, carry: Seen) -> Seen:
             raw = product(take(tokens.hidden, i, how), block.rows)
-            hit = hits(block, take(tokens.targets, i, how))
-            after = seen(how, raw, hit, block, Seen(*(take(x, i, how) for x in carry)))
+            before = Seen(*(take(x, i, how) for x in carry))
+            after, _ = seen(how, raw, block, take(tokens.targets, i, how), before)
             return Seen(*(put(x, i, how, new) for x, new in zip(carry, after, strict=True)))
 
         return jax.lax.fori_loop(0, tokens.turns, turn, carry)
@@ -206,13 +217,16 @@ def slopes(
             loss, d_hidden, d_rows = carry
             h, weight = take(tokens.hidden, i, how), take(tokens.weights, i, how)
             raw = product(h, block.rows)
-            hit = hits(block, take(tokens.targets, i, how))
+            target = take(tokens.targets, i, how)
             if log_total is None:
-                chunk = found(how, seen(how, raw, hit, block, nothing(how.chunk)))
+                part, summands = seen(how, raw, block, target, nothing(how.chunk))
+                chunk = found(how, part)
                 loss, logs = loss + losses(how, weight, chunk), chunk.log_total
+                p = summands * jnp.exp(capped(how, part.top) - logs)[:, None]
             else:
                 logs = take(log_total, i, how)
-            g = slope(how, raw, hit, block, logs, weight).astype(dtype)
+                p = jnp.exp(capped(how, raw) - logs[:, None])
+            g = slope(how, p, raw, hits(block, target), block, logs, weight).astype(dtype)
             if d_hidden is not None:
                 new = jnp.matmul(g, block.rows, preferred_element_type=jnp.float32)
                 d_hidden = put(d_hidden, i, how, new if how.blocks == 1 else take(d_hidden, i, how) + new)
@@ -237,15 +251,14 @@ def slopes(
     return psum(loss, how.rows), d_hidden, d_table
 
 
-def slope(how: How, raw: Array, hit: Array, block: Block, log_total: Array, weight: Array) -> Float[Array, "C W"]:
-    """dloss/draw, the logits before the soft-cap."""
-    z = capped(how, raw)
-    g = jnp.exp(z - log_total[:, None])
-    if how.z_loss:
-        g = g * (1 + 2 * how.z_loss * log_total[:, None])
+def slope(
+    how: How, p: Array, raw: Array, hit: Array, block: Block, log_total: Array, weight: Array
+) -> Float[Array, "C W"]:
+    """dloss/draw, the logits before the soft-cap.  p: exp(logit - log_total)."""
+    g = p * (1 + 2 * how.z_loss * log_total[:, None]) if how.z_loss else p
     g = (g - hit.astype(jnp.float32)) * weight[:, None]
     if how.softcap is not None:
-        g = g * (1 - jnp.square(z / how.softcap))
+        g = g * (1 - jnp.square(jnp.tanh(raw / how.softcap)))
     return g if block.new is None else jnp.where(block.new[None], g, 0.0)
 
 
