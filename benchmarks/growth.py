@@ -54,7 +54,7 @@ def seconds(length: int, layers: int, *, window: bool, remat: str, rounds: int) 
     base, rng = describe("random", ASSETS, config, dtype="float32", remat=remat), np.random.default_rng(0)
     weights = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 16, nn.unbox(base.abstract))
     section = {"method": "lora", "r": 16, "target_modules": "all-linear"}
-    step = stepper(base, section, dtype="float32", params=jax.tree.map(jax.numpy.asarray, weights))
+    step, _ = stepper(base, section, dtype="float32", params=jax.tree.map(jax.numpy.asarray, weights))
     rows = [(rng.integers(3, WORDS, length, np.int32), np.ones(length, bool)) for _ in range(TOKENS // length)]
     batch, best = collate(rows, len(rows), length), float("inf")
     step(batch)

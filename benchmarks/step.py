@@ -73,16 +73,16 @@ def rows_of(kind: str, count: int) -> list[Row]:
     return rows
 
 
-def make(directory: Path) -> None:
-    """Writes the checkpoint and the adapter.  B is not zero, so that the first losses know of it."""
+def make(directory: Path, sizes: dict[str, Any], rank: int, dtype: str = "float32") -> None:
+    """Writes a random Gemma 2 and an adapter.  B is not zero, so that the first losses know of it."""
     import peft
     import torch
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES))
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).to(getattr(torch, dtype))
     model.save_pretrained(str(directory / "base"))
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     adapted = peft.get_peft_model(model, config)
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -90,16 +90,19 @@ def make(directory: Path) -> None:
     adapted.save_pretrained(str(directory / "adapter"))
 
 
-def by_peft(a: argparse.Namespace) -> Work:
+def peft_stepper(
+    directory: Path, dtype: str, remat: str, **how: Any
+) -> tuple[Callable[..., Any], Callable[..., float]]:
+    """(rows to a batch, a batch to its loss) of peft's step.  how: of transformers' `from_pretrained`."""
     import peft
     import torch
     import transformers
 
-    torch.set_num_threads(1)
-    how: dict[str, Any] = {"dtype": getattr(torch, a.dtype), "attn_implementation": "eager", "use_cache": False}
-    base = transformers.AutoModelForCausalLM.from_pretrained(a.directory / "base", **how)
-    model: Any = peft.PeftModel.from_pretrained(base, a.directory / "adapter", is_trainable=True)
-    if a.remat != "none":
+    # Eager: sdpa leaves out the soft-cap.
+    how |= {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "use_cache": False}
+    base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base", **how)
+    model: Any = peft.PeftModel.from_pretrained(base, directory / "adapter", is_trainable=True)
+    if remat != "none":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -112,7 +115,8 @@ def by_peft(a: argparse.Namespace) -> Work:
         for i, (tokens, learnt) in enumerate(rows):
             ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
             labels[i, : len(tokens)] = np.where(learnt, tokens, -100)
-        return {k: torch.tensor(v) for k, v in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+        arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {k: torch.tensor(v, device=model.device) for k, v in arrays.items()}
 
     def step(rows: dict[str, Any]) -> float:
         loss = model(**rows).loss
@@ -122,6 +126,14 @@ def by_peft(a: argparse.Namespace) -> Work:
         optimiser.zero_grad(set_to_none=True)
         return float(loss.detach())
 
+    return batch, step
+
+
+def by_peft(a: argparse.Namespace) -> Work:
+    import torch
+
+    torch.set_num_threads(1)
+    batch, step = peft_stepper(a.directory, a.dtype, a.remat)
     rows = rows_of(a.data, a.rows)
     batches = [batch(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
     losses = [step(batches[0]) for _ in range(WARM_UP)]
@@ -139,7 +151,7 @@ def by_jaxtune(a: argparse.Namespace) -> Work:
     compiler.keep_memory()
     base = open_base(str(a.directory / "base"), dtype=a.dtype, remat=a.remat, unroll=a.unroll)
     section = {"method": "lora", "init_from": str(a.directory / "adapter"), "target_modules": "all-linear"}
-    step = stepper(base, section, dtype=a.dtype)
+    step, _ = stepper(base, section, dtype=a.dtype)
 
     def batches(rows: list[Row]) -> list[dict[str, np.ndarray]]:
         packs = [[rows[i] for i in own] for own in pack([len(tokens) for tokens, _ in rows], LENGTH)]
@@ -151,8 +163,11 @@ def by_jaxtune(a: argparse.Namespace) -> Work:
     return Work(losses, sum(len(tokens) for tokens, _ in rows), len(own), lambda: [step(b) for b in own])
 
 
-def stepper(base: Any, section: dict[str, Any], *, dtype: str, params: Any = None) -> Callable[..., float]:
-    """jaxtune's own step over `base`: a batch [B, T] to its loss, the state kept between calls.  section: `peft`."""
+def stepper(
+    base: Any, section: dict[str, Any], *, dtype: str, params: Any = None
+) -> tuple[Callable[..., float], dict[str, Any]]:
+    """(jaxtune's own step over `base`, what it trains): a batch [B, T] to its loss, the state kept between calls.
+    section: `peft`."""
     import jax
 
     from jaxtune import compiler, optim
@@ -180,15 +195,14 @@ def stepper(base: Any, section: dict[str, Any], *, dtype: str, params: Any = Non
             kept[0], metrics = update(kept[0], adapted.frozen, placed)
         return float(metrics["loss"])
 
-    return step
+    return step, adapted.trainable
 
 
 SIDES = {"peft": by_peft, "jaxtune": by_jaxtune}
 
 
-def serve(a: argparse.Namespace) -> None:
+def serve(work: Work) -> None:
     """A side's process: what it is, then for each line that comes in, the seconds of a round."""
-    work = SIDES[a.side](a)
     work.run()  # compiles, and touches the memory, for the shapes that are not those of the first rows
     say({"losses": work.losses, "tokens": work.tokens, "steps": work.steps})
     for _ in sys.stdin:
@@ -202,11 +216,15 @@ def say(values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def side(name: str, **how: Any) -> Iterator[Any]:
-    """A process of `serve`, as a function that reads its next line, behind asking for a round with True."""
+def side(script: str, name: str, **how: Any) -> Iterator[Any]:
+    """A process of `serve`, as a function that reads its next line, behind asking for a round with True.
+
+    Args:
+      script: which, called with `--side=name`, serves.  how: its other arguments.
+    """
     words = [f"--{key}={value}" for key, value in how.items()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    with subprocess.Popen([sys.executable, __file__, f"--side={name}", *words], **pipes) as process:
+    with subprocess.Popen([sys.executable, script, f"--side={name}", *words], **pipes) as process:
         ins, outs = process.stdin, process.stdout
         assert ins and outs
 
@@ -224,21 +242,32 @@ def side(name: str, **how: Any) -> Iterator[Any]:
             ins.close()
 
 
+def check(about: dict[str, Any], close: float) -> None:
+    """Ends with both sides' first losses where they are not the same."""
+    ours, theirs = (np.array(about[name]["losses"]) for name in ("jaxtune", "peft"))
+    if not np.allclose(ours, theirs, rtol=close, atol=0):
+        raise SystemExit(f"losses of the first steps differ: jaxtune {ours}, peft {theirs}")
+
+
+def take_turns(ask: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """The least seconds of a round of each side, by each clock; the order alternates."""
+    best = {name: {"cpu": float("inf"), "wall": float("inf")} for name in ask}
+    for turn in range(rounds):
+        for name in list(ask)[:: 1 if turn % 2 == 0 else -1]:
+            for clock, seconds in ask[name](True).items():
+                best[name][clock] = min(best[name][clock], seconds)
+    return best
+
+
 def compare(directory: Path, data: str, dtype: str, a: argparse.Namespace) -> None:
     """Prints a line for each side."""
     how = {"directory": directory, "data": data, "dtype": dtype, "remat": a.remat, "unroll": a.unroll}
     how["rows"] = a.rows if data == "ragged" else ROWS
     with contextlib.ExitStack() as stack:
-        ask = {name: stack.enter_context(side(name, **how)) for name in SIDES}
+        ask = {name: stack.enter_context(side(__file__, name, **how)) for name in SIDES}
         about = {name: answer(False) for name, answer in ask.items()}
-        ours, theirs = (np.array(about[name]["losses"]) for name in ("jaxtune", "peft"))
-        if not np.allclose(ours, theirs, rtol=CLOSE[dtype], atol=0):
-            raise SystemExit(f"{data} {dtype}: losses of the first steps differ: jaxtune {ours}, peft {theirs}")
-        best = {name: {"cpu": float("inf"), "wall": float("inf")} for name in SIDES}
-        for turn in range(a.rounds):
-            for name in list(SIDES)[:: 1 if turn % 2 == 0 else -1]:
-                for clock, seconds in ask[name](True).items():
-                    best[name][clock] = min(best[name][clock], seconds)
+        check(about, CLOSE[dtype])
+        best = take_turns(ask, a.rounds)
     speed = {name: {clock: about[name]["tokens"] / best[name][clock] for clock in ("cpu", "wall")} for name in SIDES}
     for name in SIDES:
         times = [speed[name][clock] / speed["peft"][clock] for clock in ("cpu", "wall")]
@@ -268,9 +297,9 @@ def main() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     if a.side == "make":
-        make(a.directory)
+        make(a.directory, SIZES, RANK)
     elif a.side:
-        serve(a)
+        serve(SIDES[a.side](a))
     else:
         # XLA's CPU backend has no other limit of threads; children inherit it.
         os.sched_setaffinity(0, {a.core})

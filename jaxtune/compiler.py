@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -45,12 +46,18 @@ def keep_programs() -> None:
 
 
 def keep_memory() -> None:
-    """Has glibc keep the memory that a step on CPUs frees for the next step, where JAX_PLATFORMS is cpu.
+    """Has glibc keep the memory that a step frees for the next step, where JAX has only CPUs.
 
     XLA asks for all of a program's temporary memory at once and frees it when the program ends; the kernel would hand
     it out page by page, cleared, for a sixth of a step's time.  Call it before JAX has threads.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and os.environ.get("JAX_PLATFORMS") == "cpu":
+    if mallopt is not None and only_cpus():
         for setting, value in KEEP_MEMORY.items():
             mallopt(setting, value)
+
+
+def only_cpus() -> bool:
+    """Whether JAX can find nothing else, as far as can be said before it looks."""
+    named = os.environ.get("JAX_PLATFORMS")
+    return named == "cpu" if named else not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))

@@ -65,3 +65,20 @@ def test_steps_on_cpus_use_the_memory_of_those_before():
     code = [sys.executable, "-c", STEPS_OF_64_MB]
     done = subprocess.run(code, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, capture_output=True, text=True)
     assert max(json.loads(done.stdout)[2:]) < 1000
+
+
+@pytest.mark.parametrize(
+    ("named", "installed", "expected"),
+    [
+        ("cpu", "libtpu", True),
+        ("tpu,cpu", "", False),
+        ("", "", True),
+        ("", "libtpu", False),
+        ("", "jax_plugins", False),
+    ],
+)
+def test_only_cpus(monkeypatch, named, installed, expected):
+    """jax_plugins is where the wheels for GPUs are."""
+    monkeypatch.setenv("JAX_PLATFORMS", named)
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: True if name == installed else None)
+    assert compiler.only_cpus() is expected
