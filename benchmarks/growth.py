@@ -116,6 +116,9 @@ def main() -> None:
     a = parser.parse_args()
     os.sched_setaffinity(0, {a.core})
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxtune import compiler
+
+    compiler.keep_memory()
     how = {"remat": a.remat, "rounds": a.rounds}
     curves: dict[str, tuple[Sequence[int], list[float]]] = {}
     for name, window in (("length, half the layers local", True), ("length, all layers global", False)):
