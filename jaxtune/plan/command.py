@@ -38,10 +38,13 @@ def main(argv: Sequence[str]) -> int:
         base = open_config(c)
         chip, chips, why = hardware(c, base, known.chip, known.chips)
         one = search.plan(c, base, chip, chips)
-        compiled = compile_config(c, base, chip, chips) if known.compile else None
-        facts = facts_of(one, compiled)
+        facts = facts_of(one)
         report.show(screen, one, why, facts)
-        if compiled is not None:
+        if known.compile:
+            screen.print("\nCompiling, which takes minutes …")
+            screen.file.flush()
+            compiled = compile_config(c, base, chip, chips)
+            facts["compiled"] = facts_compiled(compiled, chip)
             report.show_compiled(screen, one, compiled)
         if known.search:
             best = search.best(c, base, chip, chips)
@@ -95,12 +98,12 @@ def hardware(c: Any, base: Base, name: str | None, count: int | None) -> tuple[C
     return chip, count, why
 
 
-def facts_of(one: search.Plan, compiled: Compiled | DoesNotFit | None) -> dict[str, Any]:
+def facts_of(one: search.Plan) -> dict[str, Any]:
     """What --json prints.  `hbm_bytes_per_chip` is the prediction; the compiler's is in `compiled`."""
     c, base, laid = one.config, one.laid.base, one.laid
     most = search.largest_batch(c, base, one.chip, one.chips)
     near = None if one.fits else search.nearest(c, base, one.chip, one.chips)
-    facts = {
+    return {
         "model": c.model.id,
         "method": c.peft.method,
         "parameters": tree.count(base.abstract),
@@ -116,13 +119,11 @@ def facts_of(one: search.Plan, compiled: Compiled | DoesNotFit | None) -> dict[s
         "largest_batch": most and most.config.train.global_batch_size,
         "nearest_that_fits": near and near[0],
     }
-    if isinstance(compiled, Compiled):
-        facts["compiled"] = {k: v for k, v in compiled._asdict().items() if k != "text"} | {
-            "fits": compiled.total <= one.chip.hbm
-        }
-    elif compiled is not None:
-        facts["compiled"] = compiled._asdict() | {"fits": False}
-    return facts
+
+
+def facts_compiled(found: Compiled | DoesNotFit, chip: Chip) -> dict[str, Any]:
+    fits = isinstance(found, Compiled) and found.total <= chip.hbm
+    return {k: v for k, v in found._asdict().items() if k != "text"} | {"fits": fits}
 
 
 def short(one: search.Plan) -> dict[str, Any]:
