@@ -24,21 +24,9 @@ from typing import Any
 import numpy as np
 import step as steps
 
-SIZES: dict[str, dict[str, Any]] = {
-    "small": steps.SIZES,
-    "gemma-2-2b": {
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "max_position_embeddings": 8192,
-    },
-}
+from jaxtune.models.gemma_hf import DEFAULTS
+
+SIZES: dict[str, dict[str, Any]] = {"small": steps.SIZES, "gemma-2-2b": DEFAULTS["gemma2"]}
 RANK = 8
 CLOSE = 5e-3  # of losses: transformers rounds logits to bfloat16, and each has kernels of its own
 
